@@ -1,0 +1,114 @@
+"""The nouns that move between the rooms: `Batch`, `Features`, `Losses`, and the layer pairs they are read by.
+
+Letters in shapes: B rows, L length, E width, H heads, D width per head, V vocabulary, C classes, N chosen positions.
+Layers are numbered 1..N as in papers; layer 0 is the embedding output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Signal = Literal["query", "key", "value", "hidden", "logits"]
+
+LayerPairs = tuple[tuple[int, int], ...]
+"""(student layer, teacher layer), made by `dsdistill.objectives.mapping`."""
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rows of tokens as the data yields them.
+
+    Attributes:
+        input_ids: int64 (B, L), after masking.
+        mask: bool (B, L), True = real token.
+        segments: int64 (B, L), document number in a packed row, or None for one document a row.
+        token_type_ids: int64 (B, L), or None where the model has none.
+        labels: int64 (B, L), -100 = ignored, for masked language modelling; (B,) for tasks; None without labels.
+        targets: int64 (N,), flat indices into (B * L) of the positions whose label counts; None without token labels.
+            Computed where the batch is made, so that the device never has to be asked how many there are.
+        sample_ids: int64 (B,), the row's number in its data set.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    sample_ids: Tensor
+    segments: Tensor | None = None
+    token_type_ids: Tensor | None = None
+    labels: Tensor | None = None
+    targets: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy to a device; asynchronous from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Page-locked copy; called by `torch.utils.data.DataLoader`."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """What capture recorded in one forward of one model.
+
+    Attributes:
+        signals: query, key, value (B, H, L, D) by layer, heads split and, for rotary models, rotated;
+            hidden (B, L, E) by layer; logits (N, V) at `Batch.targets`, or (B, C) in a task, under layer -1.
+        scaling: Factor on query-key products before the softmax, by layer.
+        windows: For layers with local attention, the largest distance |i - j| that attends; others are absent.
+    """
+
+    signals: Mapping[Signal, Mapping[int, Tensor]]
+    scaling: Mapping[int, float] = field(default_factory=dict)
+    windows: Mapping[int, int] = field(default_factory=dict)
+
+    def at(self, signal: Signal, layer: int) -> Tensor:
+        """The tensor of one signal at one layer.
+
+        Raises:
+            KeyError: If it was not captured; names what was.
+        """
+        try:
+            return self.signals[signal][layer]
+        except KeyError:
+            got = {name: sorted(layers) for name, layers in self.signals.items()}
+            raise KeyError(f"{signal} of layer {layer} was not captured; captured: {got}") from None
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits, (N, V) or (B, C)."""
+        return self.at("logits", -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What the objectives return for one batch.
+
+    Attributes:
+        total: Weighted sum, scalar; what backward sees.
+        terms: Each term, unweighted and detached, for people.
+    """
+
+    total: Tensor
+    terms: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The sizes of a model that objectives and mappings depend on; width is that of the hidden states."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    head_width: int
+    vocab_size: int
