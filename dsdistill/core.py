@@ -6,7 +6,7 @@ Layers are numbered 1..N as in papers; layer 0 is the embedding output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
@@ -15,10 +15,28 @@ from torch import Tensor
 
 Signal = Literal["query", "key", "value", "hidden", "logits"]
 
-LayerPairs = tuple[tuple[int, int], ...]
-"""(student layer, teacher layer), made by `dsdistill.objectives.mapping`."""
-
 IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPairs:
+    """Which layers are compared with which; made by `dsdistill.objectives.mapping`.
+
+    Iterating gives (student layer, teacher layer). With `combine`, all of `student` together answer for all of
+    `teacher` together, the two need not be equally long, and there is nothing to iterate.
+    """
+
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+    combine: bool = False
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self.combine:
+            raise ValueError("combined layers have no pairs; this objective cannot be used with layers: combine")
+        return iter(zip(self.student, self.teacher, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.student)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
