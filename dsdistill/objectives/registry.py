@@ -6,11 +6,12 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
-from dsdistill.core import LayerPairs, ModelShape, Signal
+from dsdistill.core import Batch, Features, LayerPairs, ModelShape, Signal
 
 Signals = frozenset[Signal]
 SUPPLIED = frozenset({"head", "gather", "num_examples"})
@@ -28,7 +29,8 @@ class Objective:
         student: Signals read from the student, or a function of the parameters that tells.
         teacher: The same for the teacher; empty for hard-label objectives.
         head: Makes the term's own module (a projection, a memory bank), or None where these models need none;
-            it lives in the `Distiller` and comes back as keyword `head`.
+            it lives in the `Distiller` and comes back as keyword `head`. Also the place to refuse models that cannot
+            be compared, before anything runs.
         equation: One line, ASCII.
         paper: Where the equation is from.
     """
@@ -43,24 +45,67 @@ class Objective:
 
     def needs(self, params: Mapping[str, Any]) -> tuple[Signals, Signals]:
         """Signals wanted from (student, teacher) under these parameters."""
-        values = {name: p.default for name, p in self.params.items() if p.default is not p.empty} | dict(params)
+        values = self._filled(params)
         student = self.student(**values) if callable(self.student) else self.student
         teacher = self.teacher(**values) if callable(self.teacher) else self.teacher
         return student, teacher
 
-    @property
+    @cached_property
     def params(self) -> dict[str, inspect.Parameter]:
         """The parameters a recipe can set, in the order of the signature."""
+        return {name: p for name, p in self._keywords.items() if name not in SUPPLIED}
+
+    @cached_property
+    def supplied(self) -> frozenset[str]:
+        """Which of the `SUPPLIED` keywords the function takes."""
+        return SUPPLIED & self._keywords.keys()
+
+    @cached_property
+    def _keywords(self) -> dict[str, inspect.Parameter]:
         signature = inspect.signature(self.function, eval_str=True)
-        return {
-            name: p for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY and name not in SUPPLIED
-        }
+        return {name: p for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    def __call__(
+        self,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        pairs: LayerPairs,
+        params: Mapping[str, Any],
+        **supplied: Any,
+    ) -> dict[str, Tensor]:
+        """Compute the terms; of `supplied` (head, gather, num_examples), those that the function takes are passed on."""
+        wanted = {name: value for name, value in supplied.items() if name in self.supplied}
+        return self.function(student, teacher, batch, pairs, **params, **wanted)
 
     def make_head(
-        self, student: ModelShape, teacher: ModelShape, pairs: LayerPairs, params: Mapping[str, Any]
+        self,
+        student: ModelShape,
+        teacher: ModelShape,
+        pairs: LayerPairs,
+        params: Mapping[str, Any],
+        *,
+        num_examples: int | None = None,
     ) -> nn.Module | None:
-        """The term's own trainable module, or None."""
-        return self.head(student, teacher, pairs, **params) if self.head else None
+        """The term's own module, or None.
+
+        Args:
+            student: Sizes of the student.
+            teacher: Sizes of the teacher.
+            pairs: The term's layer pairs.
+            params: What the recipe sets; defaults are filled in.
+            num_examples: Rows of the training data, for memory banks.
+
+        Raises:
+            ValueError: If the objective cannot compare these models or layers.
+        """
+        if self.head is None:
+            return None
+        return self.head(student, teacher, pairs, num_examples=num_examples, **self._filled(params))
+
+    def _filled(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters with defaults where the recipe is silent."""
+        return {name: p.default for name, p in self.params.items() if p.default is not p.empty} | dict(params)
 
 
 OBJECTIVES: dict[str, Objective] = {}

@@ -1,0 +1,222 @@
+"""Objectives on attention maps: scores before the softmax (`att_mse`) and distributions after it (`att_kl`).
+
+Shapes: B rows, L length, H heads, D width per head. Maps are compared head by head, so both models need equally many;
+`relations.py` holds what works without that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsdistill.core import Batch, Features, LayerPairs, ModelShape
+from dsdistill.objectives.mapping import check_attention_layers
+from dsdistill.objectives.numerics import (
+    Reduction,
+    counted,
+    divergence_rows,
+    inner_products,
+    masked_mean,
+    over_pairs,
+    zero_outside,
+)
+from dsdistill.objectives.registry import objective
+
+
+def attention_kl(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    mask: Tensor,
+    *,
+    student_scaling: float,
+    teacher_scaling: float,
+    segments: Tensor | None = None,
+    window: int | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """KL of the teacher's attention distributions from the student's.
+
+    Wang et al. 2020, MiniLM (arXiv:2002.10957), equation 6: 1/(H |x|) sum_h sum_i KL(A^T_hi || A^S_hi). Half types are
+    promoted to float32, float64 is kept; finite at any finite score.
+
+    Args:
+        student_query: (B, H, L, D), any float dtype; gradients flow.
+        student_key: (B, H, L, D), or fewer heads that divide H (grouped queries); gradients flow.
+        teacher_query: (B, H, L, D'), same H; treated as constant.
+        teacher_key: Like `student_key`, of the teacher; treated as constant.
+        mask: bool (B, L), True = real. Padded keys have probability 0 on both sides, padded queries do not count.
+        student_scaling: Factor on the student's products of query and key.
+        teacher_scaling: The same for the teacher.
+        segments: int (B, L), document numbers; if given, attention never crosses documents.
+        window: Largest |i - j| that attends, in both models; None for all.
+        reduction: `mean`, or `study`: padded queries count, both in the sum and in the division.
+
+    Returns:
+        Scalar in nats, mean over real queries and heads; 0 if there are none.
+
+    Raises:
+        ValueError: If the numbers of heads differ.
+    """
+    queries = counted(mask, reduction)
+    allowed = _allowed(queries, mask, segments, window)
+    student = _scores(student_query, student_key, queries, mask, student_scaling)
+    teacher = _scores(teacher_query.detach(), teacher_key.detach(), queries, mask, teacher_scaling)
+    _check_heads(student, teacher)
+    return masked_mean(divergence_rows(student, teacher, allowed).mean(1), queries)
+
+
+def attention_mse(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    mask: Tensor,
+    *,
+    student_scaling: float,
+    teacher_scaling: float,
+    segments: Tensor | None = None,
+    window: int | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Mean squared difference of attention scores before the softmax.
+
+    Jiao et al. 2020, TinyBERT (arXiv:1909.10351), equation 7: 1/H sum_h MSE(A^S_h, A^T_h), unnormalised scores.
+    Departure: its code sets scores <= -100 to 0 in order to drop padding; here padding is dropped by the mask and
+    every genuine score counts.
+
+    Args:
+        student_query: As in `attention_kl`.
+        student_key: As in `attention_kl`.
+        teacher_query: As in `attention_kl`.
+        teacher_key: As in `attention_kl`.
+        mask: bool (B, L), True = real.
+        student_scaling: As in `attention_kl`.
+        teacher_scaling: As in `attention_kl`.
+        segments: As in `attention_kl`.
+        window: As in `attention_kl`.
+        reduction: `mean`, or `study`: padded queries count, and the division is by all B * H * L * L.
+
+    Returns:
+        Scalar, mean over heads and real (query, key) pairs that may attend; 0 if there are none.
+
+    Raises:
+        ValueError: If the numbers of heads differ.
+    """
+    queries = counted(mask, reduction)
+    allowed = _allowed(queries, mask, segments, window)
+    student = _scores(student_query, student_key, queries, mask, student_scaling)
+    teacher = _scores(teacher_query.detach(), teacher_key.detach(), queries, mask, teacher_scaling)
+    _check_heads(student, teacher)
+    squares = zero_outside((student - teacher).square(), allowed)
+    if reduction == "study":
+        return squares.mean()
+    return squares.sum() / (allowed.sum() * student.shape[1]).clamp(min=1)
+
+
+def equal_heads(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, **_: object) -> None:
+    """Refuse, before anything runs, models or layers whose attention maps cannot be compared.
+
+    Raises:
+        ValueError: If the numbers of heads differ, or a pair has no attention.
+    """
+    check_attention_layers(pairs)
+    _check_head_counts(student.num_heads, teacher.num_heads)
+
+
+@objective(
+    "att_kl",
+    student={"query", "key"},
+    teacher={"query", "key"},
+    head=equal_heads,
+    equation="mean_{real i, heads} KL(softmax(A^T_i) || softmax(A^S_i)), A = scaling * Q K^T",
+    paper="MiniLM, arXiv:2002.10957, eq. 6; study arXiv:2305.15032, Att-KL",
+)
+def att_kl(
+    student: Features, teacher: Features, batch: Batch, pairs: LayerPairs, *, reduction: Reduction = "mean"
+) -> dict[str, Tensor]:
+    """`attention_kl` over layer pairs."""
+    losses = [_compare(attention_kl, student, teacher, batch, s, t, reduction) for s, t in pairs]
+    return {"att_kl": over_pairs(losses, reduction)}
+
+
+@objective(
+    "att_mse",
+    student={"query", "key"},
+    teacher={"query", "key"},
+    head=equal_heads,
+    equation="mean_{real i, j, heads} (A^S_ij - A^T_ij)^2, A = scaling * Q K^T before softmax",
+    paper="TinyBERT, arXiv:1909.10351, eq. 7; study arXiv:2305.15032, Att-MSE",
+)
+def att_mse(
+    student: Features, teacher: Features, batch: Batch, pairs: LayerPairs, *, reduction: Reduction = "mean"
+) -> dict[str, Tensor]:
+    """`attention_mse` over layer pairs."""
+    losses = [_compare(attention_mse, student, teacher, batch, s, t, reduction) for s, t in pairs]
+    return {"att_mse": over_pairs(losses, reduction)}
+
+
+def _compare(
+    function, student: Features, teacher: Features, batch: Batch, s: int, t: int, reduction: Reduction
+) -> Tensor:
+    """One layer pair. Documents packed into one row attend to each other, as the models do: no `segments`."""
+    return function(
+        student.at("query", s),
+        student.at("key", s),
+        teacher.at("query", t),
+        teacher.at("key", t),
+        batch.mask,
+        student_scaling=student.scaling[s],
+        teacher_scaling=teacher.scaling[t],
+        window=shared_window(student, teacher, s, t),
+        reduction=reduction,
+    )
+
+
+def shared_window(student: Features, teacher: Features, s: int, t: int) -> int | None:
+    """The attention window of a layer pair.
+
+    Raises:
+        ValueError: If the two layers attend over different windows.
+    """
+    ours, theirs = student.windows.get(s), teacher.windows.get(t)
+    if ours != theirs:
+        raise ValueError(
+            f"student layer {s} attends over window {ours or 'all'}, teacher layer {t} over {theirs or 'all'}; "
+            "their attention maps cannot be compared: pair layers of one kind, or use relations (minilmv2)"
+        )
+    return ours
+
+
+def _scores(query_BHLD: Tensor, key_BHLD: Tensor, queries_BL: Tensor, keys_BL: Tensor, scaling: float) -> Tensor:
+    """Attention scores (B, H, L, L) without anything from padding; keys of grouped queries are repeated."""
+    if query_BHLD.shape[1] % key_BHLD.shape[1]:
+        raise ValueError(f"{key_BHLD.shape[1]} key heads do not divide {query_BHLD.shape[1]} query heads")
+    group = query_BHLD.shape[1] // key_BHLD.shape[1]
+    query = zero_outside(query_BHLD, queries_BL[:, None, :, None])
+    key = zero_outside(key_BHLD, keys_BL[:, None, :, None])
+    return inner_products(query, key.repeat_interleave(group, dim=1) if group > 1 else key) * scaling
+
+
+def _allowed(queries_BL: Tensor, keys_BL: Tensor, segments: Tensor | None, window: int | None) -> Tensor:
+    """Who may attend to whom, bool (B, 1, L, L)."""
+    allowed = queries_BL[:, :, None] & keys_BL[:, None, :]
+    if segments is not None:
+        allowed = allowed & (segments[:, :, None] == segments[:, None, :])
+    if window is not None:
+        position = torch.arange(queries_BL.shape[1], device=queries_BL.device)
+        allowed = allowed & ((position[:, None] - position[None, :]).abs() <= window)
+    return allowed[:, None]
+
+
+def _check_heads(student_scores: Tensor, teacher_scores: Tensor) -> None:
+    _check_head_counts(student_scores.shape[1], teacher_scores.shape[1])
+
+
+def _check_head_counts(student: int, teacher: int) -> None:
+    if student != teacher:
+        raise ValueError(
+            f"attention maps of {student} student heads and {teacher} teacher heads cannot be compared; "
+            "use relations (minilmv2), which split the width anew"
+        )
