@@ -1,0 +1,127 @@
+import copy
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForMaskedLM
+
+from dsdistill.core import Batch
+from dsdistill.models.capture import ATTENTION, Captured
+from dsdistill.models.families import truncate
+from tests.models.families_under_test import FAMILIES, tiny_configs
+
+WANTED = {"query": [2, 3], "key": [2, 3], "value": [3], "hidden": [0, 1, 3, 4]}
+
+
+def make_batch(padded: bool, length: int = 24) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    if padded:
+        mask[1, 15:] = False
+    return Batch(
+        input_ids=torch.randint(3, 100, (2, length), generator=generator),
+        mask=mask,
+        sample_ids=torch.arange(2),
+        token_type_ids=torch.zeros(2, length, dtype=torch.long),
+        targets=torch.tensor([1, 5, 30]),
+    )
+
+
+def build(family: str, attention: str, auto=AutoModel, seed: int = 0):
+    torch.manual_seed(seed)
+    return auto.from_config(tiny_configs()[family], attn_implementation=attention).eval()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_capture_equals_eager_attentions_and_hidden_states(family, padded):
+    batch = make_batch(padded)
+    features = Captured(build(family, ATTENTION), WANTED)(batch)
+    reference = build(family, "eager")(
+        input_ids=batch.input_ids, attention_mask=batch.mask, output_attentions=True, output_hidden_states=True
+    )
+    for layer in WANTED["hidden"]:
+        ours, theirs = features.at("hidden", layer), reference.hidden_states[layer]
+        torch.testing.assert_close(ours[batch.mask], theirs[batch.mask], rtol=1e-5, atol=2e-6)
+    for layer in WANTED["query"]:
+        scores = features.at("query", layer) @ features.at("key", layer).transpose(-1, -2) * features.scaling[layer]
+        allowed = batch.mask[:, None, None, :]
+        if layer in features.windows:
+            i = torch.arange(scores.shape[-1])
+            allowed = allowed & ((i[:, None] - i[None, :]).abs() <= features.windows[layer])
+        probabilities = scores.masked_fill(~allowed, -1e9).softmax(-1)
+        ours = probabilities.transpose(1, 2)[batch.mask]
+        theirs = reference.attentions[layer - 1].transpose(1, 2)[batch.mask]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_modernbert_windows_are_those_of_its_local_layers():
+    features = Captured(build("modernbert", ATTENTION), {"query": [1, 2, 3, 4]})(make_batch(False))
+    assert features.windows == {2: 4, 3: 4}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_at_targets_equal_the_full_head(family):
+    batch = make_batch(True)
+    model = build(family, ATTENTION, AutoModelForMaskedLM)
+    features = Captured(model, {"logits": [-1], "hidden": [4]})(batch)
+    full = model(input_ids=batch.input_ids, attention_mask=batch.mask).logits
+    torch.testing.assert_close(features.logits, full.flatten(0, 1)[batch.targets], rtol=1e-5, atol=1e-6)
+    assert features.at("hidden", 4).shape == (2, 24, 32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_truncated_model_gives_the_same_signals(family):
+    batch = make_batch(True)
+    wanted = {"query": [2], "hidden": [2]}
+    complete = Captured(build(family, ATTENTION), wanted)(batch)
+    model = build(family, ATTENTION)
+    truncate(model, 2)
+    shorter = Captured(model, wanted, full_depth=4)
+    features = shorter(batch)
+    assert shorter.num_layers == 2
+    for signal in ("query", "hidden"):
+        torch.testing.assert_close(features.at(signal, 2), complete.at(signal, 2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "albert"])  # ALBERT has no checkpointing
+def test_checkpointing_records_once_with_equal_gradients(family):
+    batch = make_batch(True)
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(family, ATTENTION).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        captured = Captured(model, {"query": [3], "hidden": [4]})
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            captured.exempt_from_checkpointing()
+        features = captured(batch)
+        (features.at("query", 3).pow(2).sum() + features.at("hidden", 4).pow(3).sum()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_capture_survives_compilation_of_the_full_graph(family):
+    batch = make_batch(True)
+    captured = Captured(build(family, ATTENTION), WANTED)
+    expected = captured(batch)
+    torch._dynamo.reset()
+    features = torch.compile(captured, fullgraph=True, backend="aot_eager")(batch)
+    assert {s: set(layers) for s, layers in features.signals.items()} == {s: set(x) for s, x in WANTED.items()}
+    for signal, layers in expected.signals.items():
+        for layer, tensor in layers.items():
+            torch.testing.assert_close(features.at(signal, layer), tensor, rtol=1e-5, atol=2e-6)
+    assert features.scaling == expected.scaling
+    assert features.windows == expected.windows
+
+
+def test_families_with_attention_of_their_own_are_refused():
+    from transformers import MPNetConfig, MPNetModel
+
+    config = MPNetConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    with pytest.raises(ValueError, match="MPNet"):
+        Captured(MPNetModel(copy.deepcopy(config)), {"query": [1]})
