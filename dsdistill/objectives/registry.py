@@ -18,7 +18,7 @@ SUPPLIED = frozenset({"head", "gather", "num_examples"})
 """Keyword parameters that the `Distiller` supplies to objectives which name them; recipes cannot set them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """One entry of the table.
 
@@ -74,7 +74,7 @@ class Objective:
         params: Mapping[str, Any],
         **supplied: Any,
     ) -> dict[str, Tensor]:
-        """Compute the terms; of `supplied` (head, gather, num_examples), those that the function takes are passed on."""
+        """Compute the terms; of `supplied` (head, gather, num_examples), the function gets what it names."""
         wanted = {name: value for name, value in supplied.items() if name in self.supplied}
         return self.function(student, teacher, batch, pairs, **params, **wanted)
 

@@ -17,9 +17,7 @@ VOCAB = 7
 
 
 def shape(num_heads: int, head_width: int, width: int, num_layers: int = 3) -> ModelShape:
-    return ModelShape(
-        num_layers=num_layers, width=width, num_heads=num_heads, head_width=head_width, vocab_size=VOCAB
-    )
+    return ModelShape(num_layers=num_layers, width=width, num_heads=num_heads, head_width=head_width, vocab_size=VOCAB)
 
 
 STUDENT, TEACHER = shape(2, 3, 6), shape(2, 4, 8)
