@@ -1,0 +1,151 @@
+"""Attention maps and relations on plain tensors: windows, documents, grouped keys, refusals, and very many rows."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsdistill.objectives import attention_kl, attention_mse, find_objective, relation_kl
+from dsdistill.objectives.numerics import inner_products
+from tests import oracles
+from tests.objectives.worlds import OTHER_HEADS, PAIRS, STUDENT, TEACHER, make_world, shape, terms
+
+MASK = torch.arange(6)[None] < torch.tensor([6, 4, 1])[:, None]
+SEGMENTS = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
+SCALES = {"student_scaling": 0.7, "teacher_scaling": 0.5}
+
+
+def random(*dims, seed, dtype=torch.float64):
+    return torch.randn(*dims, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def maps():
+    """Student query and key, teacher query and key."""
+    return [random(3, 2, 6, width, seed=i) for i, width in enumerate([3, 3, 5, 5])]
+
+
+@pytest.mark.parametrize("window", [None, 0, 2])
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["all", "isolated"])
+@pytest.mark.parametrize("name", ["attention_kl", "attention_mse"])
+def test_windows_and_documents_limit_who_attends(maps, name, window, segments):
+    function = {"attention_kl": attention_kl, "attention_mse": attention_mse}[name]
+    got = function(*maps, MASK, **SCALES, window=window, segments=segments)
+    documents = None if segments is None else segments.tolist()
+    expected = getattr(oracles, name)(*(x.tolist() for x in maps), MASK.tolist(), 0.7, 0.5, documents, window)
+    torch.testing.assert_close(got.item(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_relations_stay_inside_documents_when_told():
+    student, teacher = random(3, 2, 6, 6, seed=0), random(3, 4, 6, 4, seed=1)
+    got = relation_kl(student, teacher, MASK, relation_heads=4, segments=SEGMENTS)
+    expected = oracles.relation_kl(student.tolist(), teacher.tolist(), MASK.tolist(), 4, segments=SEGMENTS.tolist())
+    torch.testing.assert_close(got.item(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_isolated_documents_equal_documents_in_rows_of_their_own(maps):
+    packed = [x[:1] for x in maps]
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    together = attention_kl(*packed, mask, **SCALES, segments=SEGMENTS[:1])
+    alone = sum(
+        attention_kl(*(x[:, :, a:b] for x in packed), mask[:, a:b], **SCALES) * (b - a)
+        for a, b in [(0, 2), (2, 5), (5, 6)]
+    )
+    torch.testing.assert_close(together, alone / 6, rtol=1e-9, atol=1e-12)
+
+
+def test_keys_shared_by_groups_of_queries_are_repeated(maps):
+    student_query, student_key, teacher_query, teacher_key = maps
+    grouped = attention_kl(student_query, student_key[:, :1], teacher_query, teacher_key, MASK, **SCALES)
+    repeated = attention_kl(
+        student_query, student_key[:, :1].expand(-1, 2, -1, -1), teacher_query, teacher_key, MASK, **SCALES
+    )
+    torch.testing.assert_close(grouped, repeated)
+
+
+@pytest.mark.parametrize("name", ["att_kl", "att_mse", "minilm"])
+def test_unequal_heads_are_refused_and_pointed_to_relations(name):
+    world = make_world(student=OTHER_HEADS)
+    with pytest.raises(ValueError, match=r"4 student heads and 2 teacher heads.*minilmv2"):
+        terms(world, name, {})
+    with pytest.raises(ValueError, match="minilmv2"):
+        find_objective(name).make_head(OTHER_HEADS, TEACHER, PAIRS, {})
+
+
+def test_relation_heads_must_divide_both_widths():
+    with pytest.raises(ValueError, match="relation_heads=48 does not divide width 6"):
+        terms(make_world(), "minilmv2", {})
+    with pytest.raises(ValueError, match="relation_heads=4 does not divide width 6"):
+        find_objective("minilmv2").make_head(STUDENT, TEACHER, PAIRS, {"relation_heads": 4})
+    with pytest.raises(ValueError, match="second factor"):
+        relation_kl(*[random(1, 2, 3, 4, seed=0)] * 2, MASK[:1, :3], relation_heads=2, student_other=random(1, seed=0))
+
+
+@pytest.mark.parametrize("name", ["att_kl", "att_mse"])
+def test_layers_with_other_windows_are_refused(name):
+    world = make_world()
+    teacher = replace(world.teacher, windows={2: 64})
+    with pytest.raises(ValueError, match="window all, teacher layer 2 over 64"):
+        terms(replace(world, teacher=teacher), name, {})
+    both = replace(world, teacher=teacher, student=replace(world.student, windows={1: 64}))
+    torch.testing.assert_close(terms(both, name, {}), terms(world, name, {}))
+
+
+def test_heads_are_merged_before_they_are_split():
+    """The published code reshapes (B, H, L, D) directly, which scrambles positions."""
+    x = random(1, 4, 5, 3, seed=0)
+    regrouped = x.transpose(1, 2).reshape(1, 5, 2, 6).transpose(1, 2)
+    other = random(1, 2, 5, 6, seed=1)
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    torch.testing.assert_close(
+        relation_kl(x, other, mask, relation_heads=2), relation_kl(regrouped, other, mask, relation_heads=2)
+    )
+
+
+def test_five_nats_over_as_many_rows_as_a_large_batch_has_do_not_overflow_in_fp16():
+    """256 x 12 x 128 rows; their sum, 2e6, is far beyond fp16."""
+    query = torch.ones(256 * 16, 12, 8, 1, dtype=torch.float16, requires_grad=True)
+    key = torch.zeros(256 * 16, 12, 8, 1, dtype=torch.float16)
+    ours, theirs = key.clone(), key.clone()
+    ours[:, :, 0], theirs[:, :, 1] = 5, 40
+    mask = torch.ones(256 * 16, 8, dtype=torch.bool)
+    value = attention_kl(query, ours, query, theirs, mask, student_scaling=1.0, teacher_scaling=1.0)
+    assert 5 < value.item() < 5.1
+    (gradient,) = torch.autograd.grad(value * 65536, query)
+    assert gradient.isfinite().all()
+    assert (gradient != 0).all()
+
+
+@pytest.mark.parametrize("reach", [100.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_extreme_scores_are_finite(reach, dtype):
+    size = (reach / 16) ** 0.5
+    tensors = [(random(2, 2, 6, 16, seed=i).sign() * size).to(dtype).requires_grad_() for i in range(4)]
+    mask = MASK[:2]
+    for function in (attention_kl, attention_mse):
+        value = function(*tensors, mask, student_scaling=1.0, teacher_scaling=1.0)
+        gradients = torch.autograd.grad(value, tensors[:2])
+        assert value.isfinite()
+        assert all(g.isfinite().all() for g in gradients)
+        doubles = [x.detach().double() for x in tensors]
+        exact = function(*doubles, mask, student_scaling=1.0, teacher_scaling=1.0)
+        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_products_stay_exact_under_autocast():
+    x = random(4, 8, seed=0, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product = inner_products(x, x)
+    torch.testing.assert_close(product, x @ x.T, rtol=1e-6, atol=1e-6)
+
+
+def test_signals_follow_the_relations():
+    needs = find_objective("minilmv2").needs({"relations": (("query", "key"),)})
+    assert needs == (frozenset({"query", "key"}), frozenset({"query", "key"}))
+    assert find_objective("minilmv2").needs({})[0] == {"query", "key", "value"}
+
+
+def test_head_counts_of_shapes_are_checked_by_width():
+    find_objective("val_kl").make_head(OTHER_HEADS, TEACHER, PAIRS, {})
+    with pytest.raises(ValueError, match="does not divide"):
+        find_objective("val_kl").make_head(shape(1, 3, 3), TEACHER, PAIRS, {})
