@@ -1,0 +1,339 @@
+"""Text to rows of tokens on disk: read in one process, tokenized in many, resumable, byte-identical for any number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from dsdistill.corpus.files import sha256_of, write_arrow, write_text
+from dsdistill.corpus.lines import Meter
+from dsdistill.corpus.manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    Manifest,
+    ShardRecord,
+    Split,
+    SplitRecord,
+    TokenizerRecord,
+    check_shards,
+    read_manifest,
+    write_manifest,
+)
+from dsdistill.corpus.packing import RowBuilder, Rows, Shape
+from dsdistill.corpus.settings import CorpusSettings
+from dsdistill.corpus.sources import Source, find_sources, read_documents, text_hash
+from dsdistill.corpus.tokenizing import (
+    load_tokenizer,
+    plain_backend,
+    sentence_end_ids,
+    special_template,
+    tokenizer_fingerprint,
+)
+from dsdistill.corpus.worker import Tokens, TokenizerPool
+
+_CHUNK_BYTES = 1 << 20
+_LOCK_NAME = ".lock"
+_OUR_FILES = ("part-*.json", "train-*.arrow", "held_out-*.arrow", "*.tmp", "verified.json", MANIFEST_NAME)
+
+
+def prepare(settings: CorpusSettings, *, overwrite: bool = False, progress: bool = True) -> Path:
+    """Prepare a corpus, or find that it is already there; several processes may call this at once.
+
+    An interrupted preparation goes on after its last finished shard when it is called again with equal settings.
+
+    Args:
+        settings: What to read and how to cut it.
+        overwrite: Throw away a corpus of other settings in the same place.
+        progress: Show a progress bar.
+
+    Returns:
+        `settings.output`, which `Corpus.open` opens.
+
+    Raises:
+        ValueError: If an input or the tokenizer cannot be used (names file and place), or the output directory holds
+            something else.
+        OSError: If a file cannot be written, on a full disk for example.
+    """
+    sources = find_sources(settings)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    backend = plain_backend(tokenizer)
+    record = TokenizerRecord(
+        name=settings.tokenizer,
+        fingerprint=tokenizer_fingerprint(tokenizer),
+        vocab_size=max(backend.get_vocab().values()) + 1,
+        pad_id=int(tokenizer.pad_token_id or 0),
+    )
+    settings.output.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.output / _LOCK_NAME):
+        preparation = _Preparation(settings, sources, backend, record)
+        if overwrite:
+            preparation.remove_files()
+        if not preparation.is_finished():
+            preparation.run(progress=progress)
+    return settings.output
+
+
+@dataclass
+class _Chunk:
+    """Consecutive documents of one part (one shard per split); the last chunk of a part closes it."""
+
+    part: int
+    texts: list[str] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    bytes_read: int = 0
+    closes_part: bool = False
+    final: bool = False
+
+
+class _Preparation:
+    """One run of `prepare` over one output directory."""
+
+    def __init__(
+        self, settings: CorpusSettings, sources: list[Source], backend: Tokenizer, record: TokenizerRecord
+    ) -> None:
+        self.settings = settings
+        self.sources = sources
+        self.backend = backend
+        self.record = record
+        self.directory = settings.output
+        self.request: dict[str, Any] = {
+            "settings": settings.identity(),
+            "sources": [[source.name, source.num_bytes] for source in sources],
+            "tokenizer": record.model_dump(),
+        }
+        shape = _shape(settings, backend, record)
+        self.builders: dict[Split, RowBuilder] = {split: RowBuilder(shape) for split in SPLITS}
+        self.documents: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+        self.tokens: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+        self.shards: dict[Split, list[ShardRecord]] = {split: [] for split in SPLITS}
+        self.held_out_below = int(settings.held_out * 2**64)
+
+    def remove_files(self) -> None:
+        """Delete what an earlier preparation left, the manifest first."""
+        (self.directory / MANIFEST_NAME).unlink(missing_ok=True)
+        for pattern in _OUR_FILES:
+            for path in self.directory.glob(pattern):
+                path.unlink()
+
+    def is_finished(self) -> bool:
+        """Whether this very corpus is already there.
+
+        Raises:
+            ValueError: If a finished one of other settings, or something else, lies there.
+        """
+        if (self.directory / MANIFEST_NAME).is_file():
+            manifest = read_manifest(self.directory)
+            found = json.loads(manifest.model_dump_json(include=set(self.request)))
+            self._refuse_other_request(found, "a finished corpus")
+            check_shards(self.directory, manifest, verify=False)
+            return True
+        ours = {path for pattern in _OUR_FILES for path in self.directory.glob(pattern)}
+        others = sorted(p.name for p in self.directory.iterdir() if p not in ours and p.name != _LOCK_NAME)
+        if others:
+            raise ValueError(
+                f"{self.directory}: the output directory already holds {others[0]!r}, which is no part of a corpus"
+            )
+        return False
+
+    def _refuse_other_request(self, found: dict[str, Any], what: str) -> None:
+        differences = [
+            f"{section}.{key}" if isinstance(mine, dict) else section
+            for section, mine in self.request.items()
+            for key in (mine if isinstance(mine, dict) else [""])
+            if (mine[key] if key else mine) != (found[section].get(key) if key else found[section])
+        ]
+        if differences:
+            raise ValueError(
+                f"{self.directory}: holds {what} of another request (other: {', '.join(differences)}); "
+                "choose another output directory, or overwrite it"
+            )
+
+    def run(self, *, progress: bool) -> None:
+        """Read, tokenize, pack and write all that is not there yet, then the manifest."""
+        digests, finished = self._restore()
+        processes = self.settings.processes or len(os.sched_getaffinity(0))
+        with (
+            _Progress(self.settings, self.sources, shown=progress) as bar,
+            TokenizerPool(self.backend, processes) as pool,
+        ):
+            digest = hashlib.sha256()
+            chunks = () if finished else self._chunks(digests)
+            for chunk, tokens in pool.map(chunks, lambda chunk: chunk.texts):
+                digest.update(np.array(chunk.hashes, np.uint64).tobytes())
+                self._add(chunk, tokens)
+                bar.update(chunk.bytes_read, sum(self.documents.values()), len(tokens.ids))
+                if chunk.closes_part:
+                    self._write_part(chunk, digest.hexdigest())
+                    digest = hashlib.sha256()
+        self._finish()
+
+    def _chunks(self, digests: list[str]) -> Iterator[_Chunk]:
+        """Chunks of the documents that are in no finished part; those in finished parts are only compared."""
+        meter, digest = Meter(), hashlib.sha256()
+        part, part_bytes, chunk_bytes = 0, 0, 0
+        chunk = _Chunk(part)
+        for text in read_documents(self.sources, self.settings, meter):
+            size = len(text.encode())
+            chunk.hashes.append(text_hash(text))
+            chunk.texts.append(text)
+            chunk_bytes, part_bytes = chunk_bytes + size, part_bytes + size
+            chunk.closes_part = part_bytes >= self.settings.shard_mb * 1e6
+            if chunk.closes_part or chunk_bytes >= _CHUNK_BYTES:
+                chunk.bytes_read = meter.done
+                if part >= len(digests):
+                    yield chunk
+                else:
+                    digest.update(np.array(chunk.hashes, np.uint64).tobytes())
+                    self._compare(part, digests[part], digest.hexdigest() if chunk.closes_part else digests[part])
+                if chunk.closes_part:
+                    part, part_bytes, digest = part + 1, 0, hashlib.sha256()
+                chunk, chunk_bytes = _Chunk(part), 0
+        chunk.bytes_read, chunk.closes_part, chunk.final = meter.done, True, True
+        if part < len(digests):
+            self._compare(part, digests[part], "")
+        yield chunk
+
+    def _compare(self, part: int, before: str, now: str) -> None:
+        if before != now:
+            raise ValueError(
+                f"{self.directory}: the input has changed since the interrupted preparation (part {part}); "
+                "start anew by overwriting"
+            )
+
+    def _add(self, chunk: _Chunk, tokens: Tokens) -> None:
+        """Hand the documents of a chunk to their splits."""
+        held_out = np.array(chunk.hashes, np.uint64) < np.uint64(self.held_out_below)
+        held_out_tokens = np.repeat(held_out, tokens.lengths)
+        for split, in_split, ids in (
+            ("train", ~held_out, tokens.ids[~held_out_tokens]),
+            ("held_out", held_out, tokens.ids[held_out_tokens]),
+        ):
+            lengths = tokens.lengths[in_split]
+            self.documents[split] += int((lengths > 0).sum())
+            self.builders[split].add(Tokens(ids, lengths))
+
+    def _write_part(self, chunk: _Chunk, digest: str) -> None:
+        """Write the complete rows of both splits, then the record that makes them count."""
+        for split in SPLITS:
+            rows = self.builders[split].cut(final=chunk.final)
+            if len(rows):
+                self.tokens[split] += len(rows.ids)
+                self.shards[split].append(_write_shard(self.directory / f"{split}-{chunk.part:05d}.arrow", rows))
+        state = {
+            "request": self.request,
+            "digest": digest,
+            "final": chunk.final,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "shards": {split: [shard.model_dump() for shard in self.shards[split]] for split in SPLITS},
+            "builders": {split: self.builders[split].state() for split in SPLITS},
+        }
+        write_text(self.directory / f"part-{chunk.part:05d}.json", json.dumps(state))
+
+    def _restore(self) -> tuple[list[str], bool]:
+        """Take over what an interrupted preparation finished: the digest of each part, and whether all are there."""
+        digests: list[str] = []
+        state: dict[str, Any] = {"final": False}
+        for part in count():
+            path = self.directory / f"part-{part:05d}.json"
+            if not path.is_file():
+                break
+            state = json.loads(path.read_text(encoding="utf-8"))
+            self._refuse_other_request(state["request"], "an unfinished corpus")
+            digests.append(state["digest"])
+        if digests:
+            self.documents, self.tokens = state["documents"], state["tokens"]
+            for split in SPLITS:
+                self.shards[split] = [ShardRecord.model_validate(shard) for shard in state["shards"][split]]
+                self.builders[split].restore(state["builders"][split])
+        return digests, state["final"]
+
+    def _finish(self) -> None:
+        """Check that there is something, write the manifest, remove the records of the parts."""
+        splits = {
+            split: SplitRecord(
+                documents=self.documents[split],
+                rows=self.builders[split].num_rows,
+                tokens=self.tokens[split],
+                dropped_tokens=self.builders[split].dropped_tokens,
+                padded_rows=self.builders[split].padded_rows,
+                shards=tuple(self.shards[split]),
+            )
+            for split in SPLITS
+        }
+        if splits["train"].rows == 0:
+            raise ValueError(f"{', '.join(self.settings.input)}: too little text for a single row")
+        manifest = Manifest(**self.request, length=self.settings.length, splits=splits)
+        write_manifest(self.directory, manifest)
+        check_shards(self.directory, manifest, verify=False)
+        for path in self.directory.glob("part-*.json"):
+            path.unlink()
+
+
+def _shape(settings: CorpusSettings, backend: Tokenizer, record: TokenizerRecord) -> Shape:
+    """How rows look.
+
+    Raises:
+        ValueError: If the special tokens leave no room in a row.
+    """
+    template = special_template(backend, pairs=settings.pairs)
+    if settings.length - template.num_special < 2:
+        raise ValueError(f"length={settings.length}: {template.num_special} special tokens leave no room for text")
+    sentence_end = np.zeros(record.vocab_size, np.bool_)
+    sentence_end[sentence_end_ids(backend)] = True
+    return Shape(
+        length=settings.length,
+        template=template,
+        packed=settings.rows == "packed",
+        truncate=settings.long_documents == "truncate",
+        pairs=settings.pairs,
+        sentence_end=sentence_end,
+        dtype=np.uint16 if record.vocab_size <= 2**16 else np.int32,
+    )
+
+
+def _write_shard(path: Path, rows: Rows) -> ShardRecord:
+    offsets = pa.array(rows.offsets)
+    columns: dict[str, pa.Array] = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(rows.ids))}
+    if rows.segments is not None:
+        columns["segments"] = pa.ListArray.from_arrays(offsets, pa.array(rows.segments))
+    if rows.seconds is not None:
+        columns["second_start"] = pa.array(rows.seconds)
+    write_arrow(path, pa.RecordBatch.from_pydict(columns))
+    return ShardRecord(file=path.name, rows=len(rows), bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+class _Progress:
+    """Progress bar with rate and remaining time: over documents if their number is limited, else over input bytes."""
+
+    def __init__(self, settings: CorpusSettings, sources: list[Source], *, shown: bool) -> None:
+        sizes = [source.num_bytes for source in sources]
+        self._by_documents = settings.max_documents is not None or not all(sizes)
+        total = settings.max_documents if self._by_documents else sum(sizes)
+        unit = "doc" if self._by_documents else "B"
+        self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc="preparing corpus", disable=not shown)
+        self._tokens = 0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, bytes_read: int, documents: int, new_tokens: int) -> None:
+        """Show where the input and the counts stand."""
+        self._tokens += new_tokens
+        self._bar.set_postfix_str(f"{documents:,} documents, {self._tokens / 1e6:.1f} M tokens", refresh=False)
+        self._bar.update((documents if self._by_documents else bytes_read) - self._bar.n)
