@@ -1,0 +1,1 @@
+"""From text to batches: read, tokenize, pack, store; then order, mask and load."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a file; afterwards `path` holds all of it, or what it held before.
 
     Raises:
@@ -78,7 +78,7 @@ def write_arrow(path: Path, batch: pa.RecordBatch) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A text file in UTF-8."""
-    write_atomically(path, lambda file: file.write(text.encode()) and None)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def sha256_of(path: Path) -> str:

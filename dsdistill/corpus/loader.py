@@ -137,7 +137,7 @@ def train_batches(
         shuffle=False,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]  # declared for lists, but batch_size is None
         prefetch_factor=4 if num_workers else None,
         multiprocessing_context=start_method if num_workers else None,
         generator=torch.Generator().manual_seed(0),  # otherwise it draws from the global one, and dropout changes

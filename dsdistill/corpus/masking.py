@@ -59,16 +59,17 @@ class Masker:
         """
         if not 0 <= probability < 1:
             raise ValueError(f"masking probability {probability} is not in [0, 1)")
-        if tokenizer.mask_token_id is None and probability > 0:
+        if mask_id is None and probability > 0:
             raise ValueError("the tokenizer has no mask token: set the masking probability to 0")
         vocabulary = tokenizer.get_vocab()
+        mask_id = tokenizer.mask_token_id
         special_ids = sorted(set(tokenizer.all_special_ids))
         special = np.zeros(max(vocabulary.values()) + 1, np.bool_)
         special[special_ids] = True
         replacements = np.array(sorted(set(vocabulary.values()) - set(special_ids)), np.int64)
         return cls(
             probability=probability,
-            mask_id=-1 if tokenizer.mask_token_id is None else int(tokenizer.mask_token_id),
+            mask_id=mask_id if isinstance(mask_id, int) else -1,
             special=special,
             replacements=replacements,
             word_start=word_start_table(vocabulary) if whole_word else None,

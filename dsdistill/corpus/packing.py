@@ -177,9 +177,9 @@ def _assemble(
     row_lengths = lengths + shape.template.num_special
     return Rows(
         ids=_joined([ids for ids, _, _ in parts], shape.dtype),
-        segments=None if documents is None else _joined([segments for _, segments, _ in parts], np.uint16),
+        segments=None if documents is None else _joined([s for _, s, _ in parts if s is not None], np.uint16),
         offsets=np.concatenate([[0], np.cumsum(row_lengths)]).astype(np.int32),
-        seconds=_joined([seconds for _, _, seconds in parts], np.int32) if shape.pairs else None,
+        seconds=_joined([s for _, _, s in parts if s is not None], np.int32) if shape.pairs else None,
     )
 
 

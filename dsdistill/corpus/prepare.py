@@ -41,7 +41,7 @@ from dsdistill.corpus.tokenizing import (
     special_template,
     tokenizer_fingerprint,
 )
-from dsdistill.corpus.worker import Tokens, TokenizerPool
+from dsdistill.corpus.worker import TokenizerPool, Tokens
 
 _CHUNK_BYTES = 1 << 20
 _LOCK_NAME = ".lock"
@@ -73,7 +73,7 @@ def prepare(settings: CorpusSettings, *, overwrite: bool = False, progress: bool
         name=settings.tokenizer,
         fingerprint=tokenizer_fingerprint(tokenizer),
         vocab_size=max(backend.get_vocab().values()) + 1,
-        pad_id=int(tokenizer.pad_token_id or 0),
+        pad_id=pad_id if isinstance(pad_id := tokenizer.pad_token_id, int) else 0,
     )
     settings.output.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.output / _LOCK_NAME):
@@ -110,7 +110,7 @@ class _Preparation:
         self.directory = settings.output
         self.request: dict[str, Any] = {
             "settings": settings.identity(),
-            "sources": [[source.name, source.num_bytes] for source in sources],
+            "sources": [[Path(source.name).name, source.num_bytes] for source in sources],
             "tokenizer": record.model_dump(),
         }
         shape = _shape(settings, backend, record)
@@ -216,11 +216,11 @@ class _Preparation:
         """Hand the documents of a chunk to their splits."""
         held_out = np.array(chunk.hashes, np.uint64) < np.uint64(self.held_out_below)
         held_out_tokens = np.repeat(held_out, tokens.lengths)
-        for split, in_split, ids in (
-            ("train", ~held_out, tokens.ids[~held_out_tokens]),
-            ("held_out", held_out, tokens.ids[held_out_tokens]),
-        ):
-            lengths = tokens.lengths[in_split]
+        parts: dict[Split, Tokens] = {
+            "train": Tokens(tokens.ids[~held_out_tokens], tokens.lengths[~held_out]),
+            "held_out": Tokens(tokens.ids[held_out_tokens], tokens.lengths[held_out]),
+        }
+        for split, (ids, lengths) in parts.items():
             self.documents[split] += int((lengths > 0).sum())
             self.builders[split].add(Tokens(ids, lengths))
 
@@ -262,7 +262,7 @@ class _Preparation:
 
     def _finish(self) -> None:
         """Check that there is something, write the manifest, remove the records of the parts."""
-        splits = {
+        splits: dict[Split, SplitRecord] = {
             split: SplitRecord(
                 documents=self.documents[split],
                 rows=self.builders[split].num_rows,

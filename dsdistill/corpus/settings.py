@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -86,7 +87,7 @@ class CorpusSettings(BaseModel):
         return self.model_dump(mode="json", exclude={"output", "processes"})
 
 
-def _refuse_set(options: dict[str, object], reason: str) -> None:
+def _refuse_set(options: Mapping[str, object], reason: str) -> None:
     chosen = [name for name, value in options.items() if value]
     if chosen:
         raise ValueError(f"{', '.join(chosen)} has no effect with {reason}")

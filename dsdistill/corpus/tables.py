@@ -106,6 +106,7 @@ def read_hub(
         ValueError: If it cannot be found or read, or a column is missing.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         rows = datasets.load_dataset(name, config, split=split or "train", streaming=True)
@@ -114,7 +115,7 @@ def read_hub(
             _check_columns((column, *where), row, place)
             if all(_matches(row[key], value) for key, value in where.items()):
                 yield _checked_text(row[column], column, place)
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, RuntimeError, DatasetsError) as error:
         raise ValueError(f"{name}: no such file, and not readable as a hub data set ({error})") from None
 
 

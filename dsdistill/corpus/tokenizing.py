@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -71,7 +71,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase | Tokenizer) -> Tokenizer:
     """Copy of the Rust tokenizer without truncation and padding, which takes special tokens in a text for text."""
-    backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]  # fast tokenizers have it
+    backend: Any = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
     copy = Tokenizer.from_str(backend.to_str())
     copy.no_truncation()
     copy.no_padding()
