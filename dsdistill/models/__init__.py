@@ -1,0 +1,1 @@
+"""Teacher, student, and what is captured from them."""

@@ -64,11 +64,9 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     if _recorder is not None:
-        groups = getattr(module, "num_key_value_groups", 1)
-        heads = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
         # transformers hands flash attention's exclusive bound down: a query sees keys at |i - j| <= sliding_window - 1
         window = kwargs.get("sliding_window")
-        _recorder.put_attention(query, *heads, kwargs.get("scaling"), None if window is None else window - 1)
+        _recorder.put_attention(query, key, value, kwargs.get("scaling"), None if window is None else window - 1)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -73,3 +73,9 @@ def truncate(model: PreTrainedModel, depth: int) -> None:
     if layers is not None:
         del layers[depth:]
     keep_layers(config, tuple(range(1, depth + 1)))
+
+
+def drop_pooler(model: PreTrainedModel) -> None:
+    """Remove the pooler, in place; the families that have one run without it."""
+    if getattr(encoder_of(model), "pooler", None) is not None:
+        encoder_of(model).pooler = None

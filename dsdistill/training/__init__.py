@@ -1,0 +1,1 @@
+"""The loop, the engine under it, and what it leaves behind."""

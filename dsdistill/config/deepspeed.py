@@ -1,0 +1,189 @@
+"""The DeepSpeed JSON: how a run runs. Keys are checked, and every "auto" is filled from the recipe and the machine."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dsdistill.config.recipe import OptimizationSettings, nearest
+
+LEARNING_KEYS = {
+    "train_batch_size": "optimization.global_batch",
+    "gradient_clipping": "optimization.gradient_clipping",
+}
+"""JSON keys whose home is the recipe: "auto" or absent here."""
+
+MACHINE_KEYS = frozenset(
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "zero_optimization",
+        "fp16",
+        "bf16",
+        "activation_checkpointing",
+        "aio",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "data_types",
+        "disable_allgather",
+        "dump_state",
+        "flops_profiler",
+        "gradient_allreduce_op",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "prescale_gradients",
+        "steps_per_print",
+        "timers",
+        "torch_autocast",
+        "wall_clock_breakdown",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+    }
+)
+"""Top-level keys of DeepSpeed that make sense here."""
+
+ELSEWHERE = {
+    "optimizer": "the recipe's section `optimization` makes the optimizer",
+    "scheduler": "the recipe's `optimization.schedule` makes the schedule",
+    "tensorboard": "TensorBoard is always written, into the run directory",
+    "wandb": "only TensorBoard is written",
+    "csv_monitor": "metrics are in metrics.jsonl of the run directory",
+    "pipeline": "encoders are not trained in pipelines here",
+    "tensor_parallel": "encoders are not tensor-parallel here",
+    "elasticity": "the recipe's global batch holds for any number of processes",
+    "amp": "use fp16 or bf16",
+    "data_efficiency": "the recipe decides about data",
+    "curriculum_learning": "the recipe decides about data",
+}
+"""Keys DeepSpeed knows and we refuse, with the reason."""
+
+TOKENS_PER_MICRO_BATCH = {"cuda": 32768, "cpu": 4096}
+"""What `train_micro_batch_size_per_gpu: "auto"` aims at."""
+
+
+def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
+    """Read and check the keys of a DeepSpeed JSON.
+
+    Raises:
+        ValueError: With every problem found.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"DeepSpeed JSON {path} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"DeepSpeed JSON {path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"DeepSpeed JSON {path} must be an object, got {type(content).__name__}")
+    problems = list(_key_problems(content))
+    if problems:
+        raise ValueError(f"{path} has {len(problems)} problem(s):\n" + "\n".join(f"  {p}" for p in problems))
+    return content
+
+
+def _key_problems(content: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in content.items():
+        if key in ELSEWHERE:
+            yield f"{key}: not set here; {ELSEWHERE[key]}"
+        elif key not in MACHINE_KEYS:
+            yield f"{key}: unknown key{nearest(key, MACHINE_KEYS)}; DeepSpeed would ignore it silently"
+        elif key in LEARNING_KEYS and value != "auto":
+            yield f'{key}: {value!r} is set here and in the recipe ({LEARNING_KEYS[key]}); write "auto"'
+    for key, section in _section_models().items():
+        if key in content:
+            yield from _section_problems(key, content[key], section)
+    fp16, bf16 = (content.get(key, {}) for key in ("fp16", "bf16"))
+    if isinstance(fp16, dict) and isinstance(bf16, dict) and fp16.get("enabled") and bf16.get("enabled"):
+        yield "fp16 and bf16 are both enabled; choose one"
+
+
+def _section_models() -> dict[str, Any]:
+    """DeepSpeed's own pydantic models of the sections we use, which know all keys of this release."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
+
+
+def _section_problems(path: str, content: Any, model: Any) -> Iterator[str]:
+    if not isinstance(content, dict):
+        yield f"{path}: must be an object, got {content!r}"
+        return
+    names = [name for field, info in model.model_fields.items() for name in {field, info.alias or field}]
+    for key, value in content.items():
+        if key not in names:
+            yield f"{path}.{key}: unknown key{nearest(key, names)}"
+            continue
+        field = model.model_fields.get(key)
+        for inner in getattr(field.annotation, "__args__", ()) if field else ():
+            if isinstance(value, dict) and hasattr(inner, "model_fields"):
+                yield from _section_problems(f"{path}.{key}", value, inner)
+    if "stage" in content and content["stage"] not in (0, 1, 2, 3):
+        yield f"{path}.stage: must be 0, 1, 2 or 3, got {content['stage']!r}"
+
+
+def fill_auto(
+    content: Mapping[str, Any],
+    optimization: OptimizationSettings,
+    *,
+    world_size: int,
+    device_type: str,
+    row_length: int,
+) -> tuple[dict[str, Any], list[str]]:
+    """The JSON as DeepSpeed gets it.
+
+    Args:
+        content: From `read_deepspeed_json`.
+        optimization: The recipe's section.
+        world_size: Processes.
+        device_type: `cuda` or `cpu`; a CPU trains in float32 whatever the JSON asks for.
+        row_length: Tokens per row, for the automatic micro-batch.
+
+    Returns:
+        The filled JSON, and what was decided, one line each.
+
+    Raises:
+        ValueError: If the batch arithmetic does not come out.
+    """
+    filled, notes = copy.deepcopy(dict(content)), []
+    if device_type == "cpu":
+        for key in ("fp16", "bf16"):
+            if filled.get(key, {}).get("enabled"):
+                notes.append(f"{key} is for GPUs: this CPU trains in float32 instead, without loss scaling")
+                filled[key] = {"enabled": False}
+    per_process, rest = divmod(optimization.global_batch, world_size)
+    if rest or not per_process:
+        raise ValueError(
+            f"optimization.global_batch={optimization.global_batch} cannot be split over {world_size} processes; "
+            f"use a multiple of {world_size}"
+        )
+    micro = filled.get("train_micro_batch_size_per_gpu", "auto")
+    if micro == "auto":
+        most = max(1, TOKENS_PER_MICRO_BATCH[device_type] // row_length)
+        micro = max(m for m in range(1, min(most, per_process) + 1) if per_process % m == 0)
+        notes.append(f"micro-batch: {micro} rows per process, {per_process // micro} of them per step")
+    if not isinstance(micro, int) or micro < 1 or per_process % micro:
+        raise ValueError(
+            f"train_micro_batch_size_per_gpu={micro!r} does not divide the {per_process} rows of each process "
+            f"(global_batch {optimization.global_batch} / {world_size} processes)"
+        )
+    accumulation = filled.get("gradient_accumulation_steps", "auto")
+    if accumulation not in ("auto", per_process // micro):
+        raise ValueError(
+            f"gradient_accumulation_steps={accumulation!r} contradicts global_batch {optimization.global_batch} = "
+            f'{world_size} processes x {micro} rows x {per_process // micro}; write "auto"'
+        )
+    filled["train_batch_size"] = optimization.global_batch
+    filled["train_micro_batch_size_per_gpu"] = micro
+    filled["gradient_accumulation_steps"] = per_process // micro
+    filled["gradient_clipping"] = optimization.gradient_clipping
+    filled.setdefault("steps_per_print", 2**31)
+    return filled, notes

@@ -1,0 +1,163 @@
+"""A student as a plain Hugging Face directory: safetensors, config, tokenizer, model card; reloaded and compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from dsdistill.models.capture import ATTENTION
+from dsdistill.models.families import drop_pooler, encoder_of
+from dsdistill.models.loading import Source, has_head
+
+POOLING = "1_Pooling/config.json"
+WEIGHTLESS_MODULES = ("Transformer", "Pooling", "Normalize")
+
+
+def save_skeleton(student: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Keep what is needed to rebuild the student around saved weights: its config and tokenizer."""
+    config = encoder_of(student).config
+    config.architectures = [type(student).__name__]
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def rebuild(skeleton: Path, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The student in eval mode from its skeleton and weights, tied weights named once.
+
+    Raises:
+        ValueError: If weights are missing or left over.
+    """
+    config = AutoConfig.from_pretrained(skeleton)
+    auto = AutoModelForMaskedLM if "MaskedLM" in (config.architectures or [""])[0] else AutoModel
+    model = auto.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+    if not any("pooler" in name for name in weights):
+        drop_pooler(model)
+    tied = set(model.state_dict()) - {name for name, _ in model.named_parameters()} - {
+        name for name, _ in model.named_buffers()
+    }
+    result = model.load_state_dict(dict(weights), strict=False)
+    lost = set(result.missing_keys) - tied
+    if lost or result.unexpected_keys:
+        raise ValueError(
+            f"weights do not fit {skeleton}: missing {sorted(lost)[:3]}, left over {result.unexpected_keys[:3]}"
+        )
+    model.tie_weights()
+    return model.eval()
+
+
+def export_student(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    *,
+    card: str,
+    teacher: Source | None,
+) -> None:
+    """Write the model, reload it from there, and compare; the directory appears only when all is well.
+
+    Args:
+        model: In float32.
+        tokenizer: Saved beside it.
+        directory: Replaced if it exists.
+        card: Text of README.md.
+        teacher: If it is a sentence-transformers model, the student becomes one with the same pooling.
+
+    Raises:
+        RuntimeError: If the reloaded model computes something else.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    if teacher is not None:
+        write_sentence_transformers(teacher, encoder_of(model).config.hidden_size, partial)
+    check_reloaded(model, partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+@torch.no_grad()
+def check_reloaded(model: PreTrainedModel, directory: Path) -> None:
+    """Compare a model with what a user gets from its directory.
+
+    Raises:
+        RuntimeError: If the outputs differ, or weights were not found there.
+    """
+    auto = AutoModelForMaskedLM if has_head(model) else AutoModel
+    reloaded, info = auto.from_pretrained(directory, output_loading_info=True)
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise RuntimeError(f"export in {directory} lacks {missing[0]}")
+    ids = torch.arange(5, 21).remainder(encoder_of(model).config.vocab_size)[None]
+    theirs, ours = (m.eval()(input_ids=ids.to(m.device))[0] for m in (reloaded, model))
+    if not torch.allclose(theirs, ours, rtol=1e-4, atol=1e-4):
+        raise RuntimeError(
+            f"export in {directory} computes something else: largest difference {(theirs - ours).abs().max():.2e}"
+        )
+
+
+def write_sentence_transformers(teacher: Source, width: int, directory: Path) -> bool:
+    """Copy the teacher's sentence-transformers files, for the student's width.
+
+    Returns:
+        Whether the teacher is such a model whose modules need no weights beyond the encoder's.
+    """
+    modules = _teacher_file(teacher, "modules.json")
+    if modules is None:
+        return False
+    listed = json.loads(modules.read_text(encoding="utf-8"))
+    if any(module["type"].rpartition(".")[2] not in WEIGHTLESS_MODULES for module in listed):
+        return False
+    shutil.copyfile(modules, directory / "modules.json")
+    for module in listed:
+        (directory / module["path"]).mkdir(exist_ok=True)
+    for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
+        file = _teacher_file(teacher, name)
+        if file is not None:
+            shutil.copyfile(file, directory / name)
+    pooling = _teacher_file(teacher, POOLING)
+    if pooling is not None:
+        content = json.loads(pooling.read_text(encoding="utf-8"))
+        for key in ("word_embedding_dimension", "embedding_dimension"):
+            if key in content:
+                content[key] = width
+        (directory / POOLING).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def _teacher_file(teacher: Source, name: str) -> Path | None:
+    arguments = teacher.arguments()
+    found = cached_file(
+        arguments["pretrained_model_name_or_path"],
+        name,
+        revision=arguments["revision"],
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
+
+
+def model_card(facts: Mapping[str, Any], recipe_yaml: str) -> str:
+    """README.md of an export: what it is, its numbers, how to load it, the recipe."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    loader = "AutoModelForMaskedLM" if facts.get("head") == "masked LM" else "AutoModel"
+    return (
+        "---\nlibrary_name: transformers\ntags:\n- distillation\n- dsdistill\n---\n"
+        f"# {facts['name']}\n\nDistilled from `{facts['teacher']}` with dsdistill.\n\n"
+        f"| | |\n|---|---|\n{rows}\n\n"
+        "```python\n"
+        f"from transformers import {loader}, AutoTokenizer\n\n"
+        f'model = {loader}.from_pretrained("path/to/this/directory")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n'
+        "```\n\n"
+        f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"
+    )

@@ -1,0 +1,129 @@
+"""Builds the student: the teacher's config with fewer layers, and weights copied from chosen layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dsdistill.models.capture import ATTENTION
+from dsdistill.models.families import drop_pooler, encoder_of, keep_layers, layer_list
+
+DROPOUTS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout"),
+    *("embedding_dropout", "mlp_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout_prob"),
+)
+
+
+def student_config(
+    teacher: PreTrainedConfig,
+    num_layers: int,
+    layers: tuple[int, ...] | None,
+    *,
+    dropout: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> PreTrainedConfig:
+    """The student's config: the teacher's with fewer layers.
+
+    Args:
+        teacher: Config of the whole teacher.
+        num_layers: Layers of the student.
+        layers: Teacher layers (1..T) the student starts from, which decide the kind of each layer where kinds
+            alternate (ModernBERT); None for a random student.
+        dropout: Replaces every dropout rate of the teacher, except the classifier's unset one; None keeps them.
+        overrides: Other config keys to replace, such as `hidden_size`.
+
+    Raises:
+        ValueError: If an override is not a key of this family.
+    """
+    config = copy.deepcopy(teacher)
+    keep_layers(config, layers or tuple(range(1, num_layers + 1)))
+    for name in DROPOUTS if dropout is not None else ():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, dropout)
+    for name, value in (overrides or {}).items():
+        if not hasattr(config, name):
+            raise ValueError(f"student.overrides: {name!r} is no config key of {config.model_type}")
+        setattr(config, name, value)
+    return config
+
+
+def build_student(
+    teacher: PreTrainedModel, config: PreTrainedConfig, layers: tuple[int, ...] | None, *, seed: int
+) -> PreTrainedModel:
+    """A student in float32, wired for capture.
+
+    Embeddings, head and all that does not belong to a layer are copied from the teacher, then layer i from teacher
+    layer `layers[i - 1]`. With `layers` None all weights are random.
+
+    Args:
+        teacher: Complete teacher with real weights.
+        config: From `student_config`.
+        layers: Teacher layers, 1..T, one for each student layer, or None.
+        seed: For weights that are not copied.
+
+    Raises:
+        ValueError: If weights to be copied do not fit the student's shapes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = type(teacher)._from_config(
+            copy.deepcopy(config), attn_implementation=ATTENTION, dtype=torch.float32
+        )
+    if getattr(encoder_of(teacher), "pooler", ...) is None:
+        drop_pooler(student)
+    if layers is not None:
+        copy_weights(teacher, student, layers)
+    return student
+
+
+def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: tuple[int, ...]) -> None:
+    """Copy everything outside the layers, and the chosen layers, from teacher to student.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    sources, targets = layer_list(teacher), layer_list(student)
+    inside = {id(p) for p in (targets.parameters() if targets is not None else ())}
+    inside |= {id(b) for b in (targets.buffers() if targets is not None else ())}
+    weights = dict(teacher.state_dict())
+    with torch.no_grad():
+        for name, tensor in student.state_dict(keep_vars=True).items():
+            if id(tensor) not in inside:
+                _copy(tensor, weights[name], name)
+        if sources is None or targets is None:
+            return
+        for number, (target, layer) in enumerate(zip(targets, layers, strict=True), start=1):
+            _copy_layer(sources[layer - 1], target, f"student layer {number} from teacher layer {layer}")
+
+
+def _copy_layer(source: nn.Module, target: nn.Module, what: str) -> None:
+    """Copy what the two layers share; ModernBERT's first layer has one norm less than the others."""
+    weights = source.state_dict()
+    for name, tensor in target.state_dict(keep_vars=True).items():
+        if name in weights:
+            _copy(tensor, weights[name], f"{what}: {name}")
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor, what: str) -> None:
+    if target.shape != source.shape:
+        raise ValueError(
+            f"{what} has shape {tuple(source.shape)} in the teacher and {tuple(target.shape)} in the student; "
+            "a student of another shape starts from init: random"
+        )
+    target.data.copy_(source)
+
+
+def describe(model: PreTrainedModel) -> dict[str, int]:
+    """Layers, width, and parameters of a model, for people."""
+    config = encoder_of(model).config
+    return {
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }

@@ -1,0 +1,328 @@
+"""Task-agnostic distillation, from recipe and DeepSpeed JSON to an exported student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from dsdistill.config.deepspeed import fill_auto
+from dsdistill.config.recipe import Recipe
+from dsdistill.core import Batch
+from dsdistill.corpus.loader import held_out_batches, train_batches
+from dsdistill.corpus.masking import Masker
+from dsdistill.corpus.prepare import prepare
+from dsdistill.corpus.store import Corpus
+from dsdistill.models.capture import Captured, Wanted
+from dsdistill.models.export import save_skeleton
+from dsdistill.models.families import shape_of
+from dsdistill.models.loading import Source, has_head, load_config, load_encoder, load_tokenizer
+from dsdistill.models.student import build_student, student_config
+from dsdistill.models.teacher import ResidentTeacher
+from dsdistill.objectives.mapping import initial_layers
+from dsdistill.summary import summarize
+from dsdistill.training import run_directory
+from dsdistill.training.checkpoint import load_checkpoint, save_checkpoint
+from dsdistill.training.dist import Place, find_place, gather_rows
+from dsdistill.training.distiller import BoundTerm, Distiller, bind_terms, freeze_unreached, wanted_signals
+from dsdistill.training.engine import half_precision, start_engine, start_processes, stop_processes, zero_stage
+from dsdistill.training.loop import Stage, train
+from dsdistill.training.telemetry import Telemetry
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything decided before weights are read: what `--dry_run` checks and prints.
+
+    Attributes:
+        recipe: What is learned.
+        engine_config: DeepSpeed JSON, filled.
+        notes: What was decided on the way, for people.
+        source: The teacher.
+        teacher_config: Config of the complete teacher.
+        student_config: Config of the student.
+        layers: Teacher layers the student starts from, or None for random weights.
+        terms: Summands of the loss, bound to layers.
+        student_wants: Signals captured in the student.
+        teacher_wants: Signals captured in the teacher; empty if no term needs one.
+    """
+
+    recipe: Recipe
+    engine_config: dict[str, Any]
+    notes: list[str]
+    source: Source
+    teacher_config: PreTrainedConfig
+    student_config: PreTrainedConfig
+    layers: tuple[int, ...] | None
+    terms: list[BoundTerm]
+    student_wants: Wanted
+    teacher_wants: Wanted
+
+
+def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place, row_length: int) -> Plan:
+    """Check that recipe, JSON and models fit together.
+
+    Raises:
+        ValueError: With every problem found.
+    """
+    source = Source(
+        model=recipe.teacher.model,
+        revision=recipe.teacher.revision,
+        trust_remote_code=recipe.teacher.trust_remote_code,
+    )
+    teacher = load_config(source)
+    problems: list[str] = []
+
+    def attempt(action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except ValueError as error:
+            problems.append(str(error))
+
+    settings = recipe.student
+    shape = shape_of(teacher)
+    layers = attempt(lambda: initial_layers(settings.init, settings.num_layers, shape.num_layers))
+    student = attempt(
+        lambda: student_config(
+            teacher, settings.num_layers, layers, dropout=settings.dropout, overrides=settings.overrides
+        )
+    )
+    terms = attempt(lambda: bind_terms(recipe, shape_of(student), shape)) if student is not None else None
+    filled = attempt(
+        lambda: fill_auto(
+            ds_json,
+            recipe.optimization,
+            world_size=place.world_size,
+            device_type=place.device.type,
+            row_length=row_length,
+        )
+    )
+    if problems:
+        raise ValueError("\n".join(problems))
+    student_wants, teacher_wants = wanted_signals(terms)
+    if "logits" in student_wants and recipe.masking.probability == 0:
+        raise ValueError("masking.probability is 0, but an objective reads logits at masked positions; use 0.15")
+    return Plan(
+        recipe=recipe,
+        engine_config=filled[0],
+        notes=filled[1],
+        source=source,
+        teacher_config=teacher,
+        student_config=student,
+        layers=layers,
+        terms=terms,
+        student_wants=student_wants,
+        teacher_wants=teacher_wants,
+    )
+
+
+def describe_plan(plan: Plan, place: Place) -> str:
+    """The plan as a page for people."""
+    teacher, student = shape_of(plan.teacher_config), shape_of(plan.student_config)
+    optimization = plan.recipe.optimization
+    deepest = (
+        teacher.num_layers
+        if "logits" in plan.teacher_wants
+        else max((layer for layers in plan.teacher_wants.values() for layer in layers), default=0)
+    )
+    lines = [
+        f"run        {plan.recipe.name} -> {plan.recipe.output}",
+        f"teacher    {plan.source.model}: {teacher.num_layers} layers x {teacher.width}, {deepest} of them run",
+        f"student    {student.num_layers} layers x {student.width}, starting from "
+        + ("random weights" if plan.layers is None else f"teacher layers {list(plan.layers)}"),
+        *(
+            f"objective  {term.label} (weight {term.weight}): student layers {list(term.pairs.student)} "
+            f"{'together ' if term.pairs.combine else ''}with teacher layers {list(term.pairs.teacher)}"
+            for term in plan.terms
+        ),
+        f"training   {optimization.steps} steps of {optimization.global_batch} rows on {place.world_size} "
+        f"process(es), {place.device.type}, ZeRO {zero_stage(plan.engine_config)}, "
+        f"{str(half_precision(plan.engine_config)).removeprefix('torch.')}",
+        *(f"note       {note}" for note in plan.notes),
+    ]
+    return "\n".join(lines)
+
+
+def row_length_of(recipe: Recipe) -> int:
+    """Tokens per row, from the prepared corpus or from how it will be prepared.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    if recipe.corpus.prepare is not None:
+        return recipe.corpus.prepare.length
+    return Corpus.open(recipe.corpus.directory).length
+
+
+def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "never"] | Path, dry_run: bool) -> None:
+    """The whole run on this process; every process of the job calls it.
+
+    Args:
+        recipe: What to learn.
+        ds_json: From `read_deepspeed_json`.
+        resume: `auto` goes on from the newest whole checkpoint of the same recipe, `never` moves an earlier run
+            aside, a path goes on from that checkpoint.
+        dry_run: Check and describe, write nothing.
+
+    Raises:
+        ValueError: On bad input, with every problem found.
+        FloatingPointError: If a loss term was not finite.
+    """
+    place = find_place()
+    plan = make_plan(recipe, ds_json, place, row_length_of(recipe))
+    if place.is_first:
+        print(describe_plan(plan, place), flush=True)
+    if dry_run:
+        check_corpus(recipe)
+        return
+    corpus, held_out, tokenizer = open_corpus(recipe, plan, place)
+    start_processes(place)
+    try:
+        checkpoint = run_directory.enter(recipe.output, recipe, plan.engine_config, place, resume)
+        if not run_directory.is_finished(recipe.output, recipe):
+            distil(plan, corpus, held_out, tokenizer, checkpoint, place)
+        if place.is_first:
+            print(summarize(recipe.output), flush=True)
+    finally:
+        stop_processes()
+
+
+def check_corpus(recipe: Recipe) -> None:
+    """For a dry run: the corpus can be opened, or can be made.
+
+    Raises:
+        ValueError: If neither.
+    """
+    if recipe.corpus.prepare is None:
+        Corpus.open(recipe.corpus.directory)
+        Corpus.open(recipe.corpus.directory, "held_out")
+
+
+def open_corpus(recipe: Recipe, plan: Plan, place: Place) -> tuple[Corpus, Corpus, PreTrainedTokenizerFast]:
+    """The two splits, prepared first if the recipe says how, and the teacher's tokenizer, which must be theirs.
+
+    Raises:
+        ValueError: If the corpus is missing, damaged, or was made for another tokenizer or longer rows.
+    """
+    if recipe.corpus.prepare is not None:
+        prepare(recipe.corpus.prepare, progress=place.is_first)
+    corpus, held_out = (Corpus.open(recipe.corpus.directory, split) for split in ("train", "held_out"))
+    tokenizer = load_tokenizer(plan.source)
+    corpus.check_tokenizer(tokenizer)
+    corpus.check_vocabulary(plan.teacher_config.vocab_size, model=plan.source.model)
+    positions = getattr(plan.teacher_config, "max_position_embeddings", corpus.length)
+    if corpus.length > positions:
+        raise ValueError(
+            f"rows of {recipe.corpus.directory} have {corpus.length} tokens, but {plan.source.model} has {positions} "
+            "positions; prepare the corpus with a smaller length"
+        )
+    return corpus, held_out, tokenizer
+
+
+def distil(
+    plan: Plan,
+    corpus: Corpus,
+    held_out: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    checkpoint: Path | None,
+    place: Place,
+) -> None:
+    """Build both models, train from `checkpoint` or from the start, and save."""
+    recipe, config = plan.recipe, plan.engine_config
+    masker = Masker.from_tokenizer(
+        tokenizer, probability=recipe.masking.probability, whole_word=recipe.masking.whole_word
+    )
+    data = {"masker": masker, "with_labels": "logits" in plan.student_wants}
+    batching = {"micro_batch": config["train_micro_batch_size_per_gpu"], "rank": place.rank}
+    batching["world_size"] = place.world_size
+
+    def batches(first_step: int) -> Iterable[Batch]:
+        return train_batches(
+            corpus,
+            **data,
+            **batching,
+            seed=recipe.seed,
+            global_batch=recipe.optimization.global_batch,
+            first_step=first_step,
+            last_step=recipe.optimization.steps,
+            pin_memory=place.device.type == "cuda",
+        )
+
+    student, teacher = build_models(plan, place)
+    if place.is_first:
+        save_skeleton(student, tokenizer, recipe.output / run_directory.SKELETON)
+    captured = capture_student(student, plan)
+    distiller = Distiller(
+        captured,
+        plan.terms,
+        shape=shape_of(plan.student_config),
+        teacher=shape_of(plan.teacher_config),
+        num_examples=corpus.num_rows,
+        gather=gather_rows,
+    ).to(place.device)
+    probe = next(iter(held_out_batches(held_out, **data, rows=2, micro_batch=2, rank=0, world_size=1)))
+    probe = probe.to(place.device)
+    frozen = freeze_unreached(distiller, probe, teacher(probe) if teacher is not None else None)
+    engine = start_engine(distiller, recipe.optimization, config, place)
+    first_step = 0
+    if checkpoint is not None:
+        load_checkpoint(engine, checkpoint)
+        first_step = run_directory.step_of(checkpoint)
+    telemetry = Telemetry(recipe.output, place, first_step=first_step, last_step=recipe.optimization.steps)
+    telemetry.text("recipe", recipe.to_yaml())
+    if frozen:
+        telemetry.note(f"{len(frozen)} parameters that no objective reaches are frozen, such as {frozen[0]}")
+    if checkpoint is not None:
+        telemetry.note(f"resumed at step {first_step} from {checkpoint}")
+
+    def save(step: int) -> None:
+        state = run_directory.state_of(step, recipe, config, place)
+        directory = recipe.output / run_directory.CHECKPOINTS
+        save_checkpoint(engine, captured.model, directory, state, keep=recipe.checkpoint.keep)
+
+    try:
+        train(
+            Stage(
+                recipe=recipe,
+                engine=engine,
+                teacher=teacher,
+                batches=batches(first_step),
+                held_out=lambda: held_out_batches(held_out, **data, **batching, rows=recipe.evaluation.rows),
+                save=save,
+                place=place,
+                telemetry=telemetry,
+                first_step=first_step,
+            )
+        )
+    finally:
+        telemetry.close()
+
+
+def build_models(plan: Plan, place: Place) -> tuple[PreTrainedModel, ResidentTeacher | None]:
+    """The student in float32 with its first weights, and the frozen teacher, or None if nothing asks for one.
+
+    Raises:
+        ValueError: If the recipe wants logits of a model without a head.
+    """
+    recipe = plan.recipe
+    complete = load_encoder(plan.source)
+    for side, wants in (("student", plan.student_wants), ("teacher", plan.teacher_wants)):
+        if "logits" in wants and not has_head(complete):
+            raise ValueError(f"{plan.source.model} has no masked-LM head, but an objective reads the {side}'s logits")
+    student = build_student(complete, plan.student_config, plan.layers, seed=recipe.seed)
+    if not plan.teacher_wants:
+        return student, None
+    dtype = half_precision(plan.engine_config)
+    return student, ResidentTeacher(complete, plan.teacher_wants, device=place.device, dtype=dtype)
+
+
+def capture_student(student: PreTrainedModel, plan: Plan) -> Captured:
+    """The student wired for capture, in training mode."""
+    captured = Captured(student, plan.student_wants)
+    if plan.recipe.student.activation_checkpointing:
+        student.gradient_checkpointing_enable()
+        captured.exempt_from_checkpointing()
+    return captured.train()

@@ -1,0 +1,158 @@
+"""What a person wants to know of a finished run: exports the student, measures both models, prints a page."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dsdistill.config.recipe import Recipe, read_recipe
+from dsdistill.core import Batch
+from dsdistill.corpus.loader import held_out_batches
+from dsdistill.corpus.masking import Masker
+from dsdistill.corpus.store import Corpus
+from dsdistill.models.export import export_student, model_card, rebuild
+from dsdistill.models.families import encoder_of, shape_of
+from dsdistill.models.loading import Source, has_head, load_encoder, load_tokenizer
+from dsdistill.models.student import build_student
+from dsdistill.objectives.mapping import initial_layers
+from dsdistill.training.checkpoint import STUDENT, read_state, verify, whole_checkpoints
+from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
+from dsdistill.training.telemetry import read_metrics
+
+SPEED_ROWS, SPEED_LENGTH, SPEED_REPEATS = 8, 128, 5
+COSINE_ROWS = 64
+
+
+def export_run(directory: Path, checkpoint: Path | None = None, output: Path | None = None) -> Path:
+    """Export the student of a run directory.
+
+    Args:
+        directory: Run directory.
+        checkpoint: One of its checkpoints; the newest whole one unless given.
+        output: Where to; `model` in the run directory unless given.
+
+    Raises:
+        ValueError: If there is no whole checkpoint.
+    """
+    recipe = read_recipe(directory)
+    found = whole_checkpoints(directory / CHECKPOINTS)
+    if checkpoint is None and not found:
+        raise ValueError(f"{directory} has no finished checkpoint to export")
+    checkpoint = checkpoint or found[-1]
+    verify(checkpoint)
+    source = teacher_source(recipe)
+    student = rebuild(directory / SKELETON, load_file(checkpoint / STUDENT))
+    output = output or directory / EXPORT
+    facts = {
+        "name": recipe.name,
+        "teacher": Path(recipe.teacher.model).name,
+        **{key: f"{value:,}" for key, value in size_of(student).items()},
+        "head": "masked LM" if has_head(student) else "none",
+        "optimizer steps": read_state(checkpoint)["step"],
+        **{f"held-out {name}": f"{value:.4f}" for name, value in held_out_at(directory, -1).items()},
+    }
+    export_student(
+        student, load_tokenizer(source), output, card=model_card(facts, recipe.to_yaml()), teacher=source
+    )
+    return output
+
+
+def teacher_source(recipe: Recipe) -> Source:
+    """Where the recipe's teacher comes from."""
+    teacher = recipe.teacher
+    return Source(model=teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+
+
+def held_out_at(directory: Path, index: int) -> dict[str, float]:
+    """The held-out objective of the first (0) or last (-1) evaluation; empty if there was none."""
+    entries = [entry for entry in read_metrics(directory / "metrics.jsonl") if entry["kind"] == "held_out"]
+    prefix = "held_out/"
+    return {k.removeprefix(prefix): v for k, v in entries[index].items() if k.startswith(prefix)} if entries else {}
+
+
+def size_of(model: PreTrainedModel) -> dict[str, int]:
+    """Layers, width and parameters."""
+    shape = shape_of(encoder_of(model).config)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"layers": shape.num_layers, "width": shape.width, "parameters": parameters}
+
+
+@torch.no_grad()
+def rows_per_second(model: PreTrainedModel) -> float:
+    """Median speed of the encoder on the CPU in float32, 8 rows of 128 tokens at a time."""
+    encoder = encoder_of(model).cpu().float().eval()
+    ids = torch.arange(SPEED_ROWS * SPEED_LENGTH).remainder(shape_of(encoder.config).vocab_size - 1000) + 500
+    ids = ids.remainder(encoder.config.vocab_size).view(SPEED_ROWS, SPEED_LENGTH)
+    seconds = []
+    for _ in range(SPEED_REPEATS + 1):
+        start = time.perf_counter()
+        encoder(input_ids=ids)
+        seconds.append(time.perf_counter() - start)
+    return SPEED_ROWS / statistics.median(seconds[1:])
+
+
+@torch.no_grad()
+def sentence_embeddings(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Mean of the last hidden states over real positions, (B, E)."""
+    hidden = encoder_of(model)(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
+    real = batch.mask[..., None].to(hidden.dtype)
+    return (hidden * real).sum(1) / real.sum(1)
+
+
+def mean_cosine(teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch) -> float:
+    """Mean cosine between both models' sentence embeddings of the same rows."""
+    return F.cosine_similarity(sentence_embeddings(teacher, batch), sentence_embeddings(student, batch)).mean().item()
+
+
+def held_out_text(recipe: Recipe, tokenizer: Any) -> Batch:
+    """Some held-out rows without masks."""
+    corpus = Corpus.open(recipe.corpus.directory, "held_out")
+    rows = min(COSINE_ROWS, corpus.num_rows)
+    masker = Masker.from_tokenizer(tokenizer, probability=0.0)
+    return next(iter(held_out_batches(corpus, masker, rows=rows, micro_batch=rows, rank=0, world_size=1)))
+
+
+def summarize(directory: Path) -> str:
+    """Export the student and describe the run.
+
+    Returns:
+        A page for people.
+    """
+    recipe = read_recipe(directory)
+    source = teacher_source(recipe)
+    model_directory = export_run(directory)
+    teacher = load_encoder(source)
+    checkpoint = whole_checkpoints(directory / CHECKPOINTS)[-1]
+    student = rebuild(directory / SKELETON, load_file(checkpoint / STUDENT))
+    layers = initial_layers(recipe.student.init, recipe.student.num_layers, size_of(teacher)["layers"])
+    before, after = held_out_at(directory, 0), held_out_at(directory, -1)
+    lines = ["", "objective on held-out text        before      after"]
+    lines += [f"  {name:<28} {before.get(name, float('nan')):>10.4f} {value:>10.4f}" for name, value in after.items()]
+    if size_of(teacher)["width"] == size_of(student)["width"]:
+        batch = held_out_text(recipe, load_tokenizer(source))
+        untrained = build_student(teacher, student.config, layers, seed=recipe.seed).eval()
+        cosines = [mean_cosine(teacher, model, batch) for model in (untrained, student)]
+        lines.append(f"  {'cosine with the teacher':<28} {cosines[0]:>10.4f} {cosines[1]:>10.4f}")
+    lines += ["", "                                 teacher    student"]
+    for name, value in size_of(teacher).items():
+        lines.append(f"  {name:<28} {value:>10,} {size_of(student)[name]:>10,}")
+    sizes = [4 * size_of(model)["parameters"] / 2**20 for model in (teacher, student)]
+    lines.append(f"  {'size in float32, MiB':<28} {sizes[0]:>10.1f} {sizes[1]:>10.1f}")
+    speeds = [rows_per_second(model) for model in (teacher, student)]
+    lines.append(f"  {'rows of 128 tokens/s, CPU':<28} {speeds[0]:>10.1f} {speeds[1]:>10.1f}")
+    lines += [
+        "",
+        f"model        {model_directory}  (AutoModel.from_pretrained loads it)",
+        f"TensorBoard  tensorboard --logdir {directory / 'tensorboard'}",
+        f"recipe       {directory / 'recipe.yaml'}",
+        "next         your own text: python launch/prepare_corpus.py --help",
+    ]
+    return "\n".join(lines)

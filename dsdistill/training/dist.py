@@ -1,0 +1,88 @@
+"""Where this process stands among the others, however it was started."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One process of the job."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+
+def find_place(environment: Mapping[str, str] = os.environ) -> Place:
+    """Read the launcher's variables (deepspeed, torchrun), SLURM's, or none for a single process."""
+    local_rank = int(environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or 0)
+    cuda = torch.cuda.is_available() and environment.get("DS_ACCELERATOR", "cuda") == "cuda"
+    # one visible GPU per task (srun --gpus-per-task=1) is always number 0
+    index = local_rank if cuda and torch.cuda.device_count() > 1 else 0
+    return Place(
+        rank=int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0),
+        local_rank=local_rank,
+        world_size=int(environment.get("WORLD_SIZE") or environment.get("SLURM_NTASKS") or 1),
+        device=torch.device("cuda", index) if cuda else torch.device("cpu"),
+    )
+
+
+def rendezvous(place: Place) -> dict[str, str]:
+    """The five variables that every backend reads; without all of them DeepSpeed looks for MPI."""
+    job = os.environ.get("SLURM_JOB_ID")
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if address is None:
+        nodes = os.environ.get("SLURM_JOB_NODELIST") if place.world_size > 1 else None
+        address = _first_host(nodes) if nodes else "127.0.0.1"
+    if port is None:
+        port = str(20000 + int(job) % 10000) if job and place.world_size > 1 else _free_port()
+    return {
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.local_rank),
+        "WORLD_SIZE": str(place.world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+
+
+def _first_host(nodes: str) -> str:
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return shown.stdout.split()[0]
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, (world * B, ...), with gradient; the tensor itself in one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(tensor))
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise mean over all ranks; the tensor itself in one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values

@@ -1,0 +1,126 @@
+"""The DeepSpeed engine: optimizer groups, start, full weights whatever the ZeRO stage."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from dsdistill.config.recipe import OptimizationSettings
+from dsdistill.training.dist import Place, rendezvous
+
+
+def start_processes(place: Place) -> None:
+    """Join the other processes of the job."""
+    os.environ.update(rendezvous(place))
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    deepspeed.init_distributed(dist_backend="nccl" if place.device.type == "cuda" else "gloo", verbose=False)
+
+
+def stop_processes() -> None:
+    """Leave the job in order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices decay, biases and norms (one dimension) do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def start_engine(
+    model: nn.Module, settings: OptimizationSettings, config: dict[str, Any], place: Place
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap the model; every process must call this.
+
+    Args:
+        model: All trainable parameters are in it.
+        settings: The recipe's section.
+        config: DeepSpeed JSON, filled.
+        place: This process.
+    """
+    model.to(place.device)
+    optimizer = torch.optim.AdamW(
+        [group for group in parameter_groups(model, settings.weight_decay) if group["params"]],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed JSON."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def half_precision(config: dict[str, Any]) -> torch.dtype:
+    """The dtype that the student trains in and the teacher runs in."""
+    for key, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        if config.get(key, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def full_weights(engine: deepspeed.DeepSpeedEngine, module: nn.Module) -> dict[str, Tensor]:
+    """A module's complete weights in float32 on the CPU of rank 0; every process must call this.
+
+    Trained parameters come from the optimizer's float32 copies, frozen ones and buffers from the module, sharded ones
+    from all ranks. Tied weights appear once.
+
+    Args:
+        engine: The engine that holds `module`.
+        module: A part of the engine's module.
+
+    Returns:
+        Weights by name within `module`; empty on other ranks.
+    """
+    masters = _unsharded_masters(engine)
+    first = engine.global_rank == 0
+    weights: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if full is None:
+            full = masters.get(id(parameter))
+        with _gathered(parameter) if full is None else contextlib.nullcontext():
+            if first:
+                weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
+    if first:
+        weights.update((name, buffer.detach().cpu().clone()) for name, buffer in persistent_buffers(module))
+    return weights
+
+
+def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that belong to the state dict."""
+    names = module.state_dict().keys()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in names]
+
+
+def _gathered(parameter: nn.Parameter) -> contextlib.AbstractContextManager:
+    return deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
+
+
+def _unsharded_masters(engine: deepspeed.DeepSpeedEngine) -> dict[int, Tensor]:
+    """Float32 copies that DeepSpeed's fp16 optimizer without ZeRO keeps, by id of the half parameter."""
+    halves = getattr(engine.optimizer, "fp16_groups", None)
+    masters = getattr(engine.optimizer, "fp32_groups", None)
+    if not halves or not masters:
+        return {}
+    return {
+        id(half): master
+        for group, copies in zip(halves, masters, strict=True)
+        for half, master in zip(group, copies, strict=True)
+    }

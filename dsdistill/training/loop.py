@@ -1,0 +1,158 @@
+"""The one loop of all stages: read a batch, ask the teacher, train the student, report, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed import DeepSpeedEngine
+
+from dsdistill.config.recipe import Recipe
+from dsdistill.core import Batch, Features
+from dsdistill.training.dist import Place
+from dsdistill.training.schedule import learning_rate
+from dsdistill.training.telemetry import LossSums, Telemetry
+
+Teacher = Callable[[Batch], Features]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What one stage of training needs.
+
+    Attributes:
+        recipe: What is learned.
+        engine: Holds the `Distiller`.
+        teacher: Gives signals for a batch, or None if no term needs a teacher.
+        batches: Micro-batches of this rank from `first_step` on, without end before `recipe.optimization.steps`.
+        held_out: A fresh pass over this rank's held-out micro-batches, equally many on each rank.
+        save: Writes a checkpoint after so many steps; every rank calls it.
+        place: This process.
+        telemetry: Where numbers go.
+        first_step: Steps done before.
+    """
+
+    recipe: Recipe
+    engine: DeepSpeedEngine
+    teacher: Teacher | None
+    batches: Iterable[Batch]
+    held_out: Callable[[], Iterable[Batch]]
+    save: Callable[[int], None]
+    place: Place
+    telemetry: Telemetry
+    first_step: int
+
+
+def train(stage: Stage) -> None:
+    """Run a stage from `first_step` to its last step."""
+    recipe, telemetry = stage.recipe, stage.telemetry
+    last_step = recipe.optimization.steps
+    batches = iter(stage.batches)
+    if stage.first_step == 0:
+        evaluate_now(stage, 0)
+    logged, tokens = stage.first_step, 0
+    telemetry.pause()
+    for step in range(stage.first_step, last_step):
+        done = step + 1
+        saves = done % recipe.checkpoint.every_steps == 0 or done == last_step
+        evaluates = done % recipe.evaluation.every_steps == 0 or done == last_step
+        # a checkpoint is never written of a step whose losses nobody has looked at
+        logs = saves or evaluates or done % recipe.logging.every_steps == 0
+        read, norm = train_step(stage, batches, step, measure=logs)
+        tokens += read
+        if logs:
+            scalars = engine_scalars(stage.engine, recipe, step) | {"optimization/grad_norm": norm}
+            telemetry.training(done, tokens * stage.place.world_size, done - logged, scalars)
+            logged, tokens = done, 0
+        if evaluates:
+            evaluate_now(stage, done)
+        if saves:
+            stage.save(done)
+        if saves or evaluates:
+            telemetry.pause()
+
+
+def train_step(stage: Stage, batches: Iterator[Batch], step: int, *, measure: bool) -> tuple[int, float]:
+    """One optimizer step.
+
+    Returns:
+        Tokens that this rank read, and with `measure` the gradient's norm (else 0).
+    """
+    engine, watch = stage.engine, stage.telemetry.stopwatch
+    tokens, norm = 0, 0.0
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate(step, stage.recipe.optimization)
+    for micro_step in range(engine.gradient_accumulation_steps()):
+        with watch.part("data"):
+            batch = next(batches).to(stage.place.device)
+        with watch.part("teacher"):
+            teacher = stage.teacher(batch) if stage.teacher is not None else None
+        with watch.part("student"):
+            seed_dropout(stage.recipe.seed, step, micro_step, stage.place.rank)
+            losses = engine(batch, teacher, step)
+            stage.telemetry.sums.add(losses, step + 1)
+        with watch.part("backward"):
+            engine.backward(losses.total)
+        if measure and engine.is_gradient_accumulation_boundary():
+            norm = plain_gradient_norm(engine)
+        with watch.part("step"):
+            engine.step()
+        tokens += batch.input_ids.numel()
+    if measure and norm is None:
+        norm = float(engine.get_global_grad_norm() or 0.0)  # sync
+    return tokens, norm or 0.0
+
+
+def plain_gradient_norm(engine: DeepSpeedEngine) -> float | None:
+    """Norm of the reduced gradients before the step, in float32 without ZeRO; other optimizers tell it themselves."""
+    if not isinstance(engine.optimizer, torch.optim.Optimizer):
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))  # sync
+
+
+def seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Make this micro-batch's dropout a function of where it stands, so that a resumed run draws the same."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, micro_step, rank)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def engine_scalars(engine: DeepSpeedEngine, recipe: Recipe, step: int) -> dict[str, float]:
+    """Scalars that only the engine knows."""
+    scale = getattr(engine.optimizer, "cur_scale", getattr(engine.optimizer, "loss_scale", 1.0))
+    return {
+        "optimization/learning_rate": learning_rate(step, recipe.optimization),
+        "optimization/loss_scale": float(scale),
+        "optimization/skipped_steps": float(engine.skipped_steps),
+    }
+
+
+def evaluate_now(stage: Stage, step: int) -> None:
+    """Measure and report the objectives on held-out text."""
+    stage.telemetry.evaluation(step, evaluate(stage.engine, stage.teacher, stage.held_out(), stage.place, step))
+
+
+@torch.no_grad()
+def evaluate(
+    engine: DeepSpeedEngine, teacher: Teacher | None, batches: Iterable[Batch], place: Place, step: int
+) -> dict[str, float]:
+    """Means of the total and of every term over held-out micro-batches of all ranks; every rank must call this."""
+    sums = LossSums(place.device)
+    engine.eval()
+    for batch in batches:
+        batch = batch.to(place.device)
+        sums.add(engine(batch, teacher(batch) if teacher is not None else None, step), step)
+    engine.train()
+    return sums.read()
+
+
+def describe_engine(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What DeepSpeed made of the configuration, for the run's record."""
+    return {
+        "zero_stage": engine.zero_optimization_stage(),
+        "micro_batch": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation": engine.gradient_accumulation_steps(),
+        "optimizer": type(engine.optimizer).__name__,
+    }

@@ -1,0 +1,183 @@
+"""What a run leaves on disk and how the next attempt finds its place in it.
+
+    recipe.yaml, ds_config.json, run.json   as resolved, with versions and command
+    metrics.jsonl, tensorboard/             what telemetry wrote
+    skeleton/                               student's config and tokenizer
+    checkpoints/step-*/                     see `checkpoint.py`
+    model/                                  the exported student
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from dsdistill.config.recipe import Recipe, read_recipe
+from dsdistill.training.checkpoint import read_state, verify, whole_checkpoints
+from dsdistill.training.dist import Place
+from dsdistill.training.engine import zero_stage
+
+CHECKPOINTS = "checkpoints"
+SKELETON = "skeleton"
+EXPORT = "model"
+RECIPE = "recipe.yaml"
+
+FREE_TO_CHANGE = ("name", "source", "output", "evaluation", "logging", "checkpoint")
+"""Recipe keys that do not touch what is learned, so a run may be resumed with others."""
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """SHA-256 of all that decides what is learned."""
+    content = recipe.model_dump(mode="json", exclude=set(FREE_TO_CHANGE), serialize_as_any=True)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def state_of(step: int, recipe: Recipe, config: dict[str, Any], place: Place) -> dict[str, Any]:
+    """What a checkpoint remembers beside the engine's own state; data order and masks follow from the step."""
+    return {
+        "step": step,
+        "world_size": place.world_size,
+        "zero_stage": zero_stage(config),
+        "micro_batch": config["train_micro_batch_size_per_gpu"],
+        "recipe": fingerprint(recipe),
+    }
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps done when a checkpoint was written."""
+    return read_state(checkpoint)["step"]
+
+
+def is_finished(directory: Path, recipe: Recipe) -> bool:
+    """Whether the last checkpoint is that of the last step."""
+    found = whole_checkpoints(directory / CHECKPOINTS)
+    return bool(found) and step_of(found[-1]) == recipe.optimization.steps
+
+
+def enter(
+    directory: Path, recipe: Recipe, config: dict[str, Any], place: Place, resume: Literal["auto", "never"] | Path
+) -> Path | None:
+    """Prepare the run directory and choose the checkpoint to go on from; every process must call this.
+
+    Returns:
+        The verified checkpoint, or None to start from the beginning.
+
+    Raises:
+        ValueError: On all processes alike, if the checkpoint is damaged or belongs to another recipe, number of
+            processes or ZeRO stage.
+    """
+    outcome: list[Any] = [None]
+    if place.is_first:
+        try:
+            outcome = [_enter(directory, recipe, config, place, resume)]
+        except (ValueError, OSError) as error:
+            outcome = [ValueError(str(error))]
+    if place.world_size > 1:
+        dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], ValueError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _enter(
+    directory: Path, recipe: Recipe, config: dict[str, Any], place: Place, resume: Literal["auto", "never"] | Path
+) -> Path | None:
+    if resume == "never" and directory.exists() and any(directory.iterdir()):
+        aside = directory.with_name(f"{directory.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        directory.rename(aside)
+        print(f"note       the earlier run was moved to {aside}", file=sys.stderr)
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint = choose_checkpoint(directory, recipe, config, place, resume)
+    (directory / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    (directory / "ds_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / "run.json").write_text(json.dumps(circumstances(place), indent=2) + "\n", encoding="utf-8")
+    return checkpoint
+
+
+def choose_checkpoint(
+    directory: Path, recipe: Recipe, config: dict[str, Any], place: Place, resume: Literal["auto", "never"] | Path
+) -> Path | None:
+    """The checkpoint that `resume` means, verified; None if there is none to go on from.
+
+    Raises:
+        ValueError: If it cannot be used; says why.
+    """
+    found = whole_checkpoints(directory / CHECKPOINTS)
+    if resume == "never" or (resume == "auto" and not found):
+        return None
+    checkpoint = found[-1] if resume == "auto" else Path(resume)
+    verify(checkpoint)
+    saved, now = read_state(checkpoint), state_of(0, recipe, config, place)
+    if saved["recipe"] != now["recipe"]:
+        raise ValueError(
+            f"{checkpoint} belongs to another recipe ({_difference(directory, recipe)}); set another `output`, or "
+            "use --resume never, which moves the earlier run aside"
+        )
+    for key, what in (("world_size", "process(es)"), ("zero_stage", "as ZeRO stage"), ("micro_batch", "row(s) at once")):
+        if saved[key] != now[key]:
+            raise ValueError(
+                f"{checkpoint} was saved with {saved[key]} {what}, this run has {now[key]}; resume it as it was started"
+            )
+    return checkpoint
+
+
+def _difference(directory: Path, recipe: Recipe) -> str:
+    """The first recipe key that differs from the one in the run directory."""
+    try:
+        before = read_recipe(directory).model_dump(mode="json", serialize_as_any=True)
+    except ValueError:
+        return "its recipe.yaml cannot be read"
+    now = recipe.model_dump(mode="json", serialize_as_any=True)
+    for section, value in now.items():
+        if section in FREE_TO_CHANGE or before.get(section) == value:
+            continue
+        if isinstance(value, dict):
+            changed = [key for key in value if value[key] != before[section].get(key)]
+            return f"{section}.{changed[0]} was {before[section].get(changed[0])!r}, now {value[changed[0]]!r}"
+        return f"{section} has changed"
+    return "its fingerprint differs"
+
+
+def circumstances(place: Place) -> dict[str, Any]:
+    """Versions, command and hardware of an attempt; no host or user names."""
+    packages = ("dsdistill", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy")
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "git_commit": _git_commit(),
+        "processes": place.world_size,
+        "device": _device_name(place),
+        "cpu_cores": os.cpu_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of this source tree, or None outside of one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    asked = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None
+
+
+def _device_name(place: Place) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else platform.machine() + " CPU"

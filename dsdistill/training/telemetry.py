@@ -1,0 +1,232 @@
+"""What a person and a program see of a run: TensorBoard, a metrics file in JSON lines, a progress line.
+
+Losses are added up on the device. Once per logging interval the sums of all ranks are gathered and read, which is
+the only host-device sync of the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dsdistill.core import Losses
+from dsdistill.training.dist import Place
+
+PARTS = ("data", "teacher", "student", "backward", "step")
+NEVER = float(2**53)
+
+
+class Stopwatch:
+    """Seconds per part of the step, on the device's own clock, read only when asked."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.spans: list[tuple[str, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what happens inside under `name`."""
+        start = self._now()
+        yield
+        self.spans.append((name, start, self._now()))
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Seconds per part since the last reading; on a GPU only after a sync."""
+        totals = dict.fromkeys(PARTS, 0.0)
+        for name, start, end in self.spans:
+            totals[name] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+        self.spans.clear()
+        return totals
+
+
+class LossSums:
+    """Sums of every term on the device, and the first step at which one was not finite."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.names: tuple[str, ...] = ()
+        self.sums = self.first_bad = torch.zeros(0, device=device)
+        self.count = 0
+
+    def add(self, losses: Losses, step: int) -> None:
+        """Take one micro-batch's losses; no sync."""
+        if not self.names:
+            self.names = ("total", *losses.terms)
+            self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
+            self.first_bad = torch.full_like(self.sums, NEVER)
+        values = torch.stack([losses.total.detach().double(), *(v.double() for v in losses.terms.values())])
+        self.sums += values
+        bad = torch.where(values.isfinite(), NEVER, float(step))
+        self.first_bad = torch.minimum(self.first_bad, bad)
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        """Means over micro-batches and ranks since the last reading; every rank must call this.
+
+        Raises:
+            FloatingPointError: On all ranks alike, if any term of any rank was not finite; names term and step.
+        """
+        both = torch.cat([self.sums / max(self.count, 1), self.first_bad])
+        ranks = [both]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            ranks = [torch.empty_like(both) for _ in range(dist.get_world_size())]
+            dist.all_gather(ranks, both)
+        table = torch.stack(ranks).cpu()  # sync
+        means, bad = table[:, : len(self.names)].mean(0), table[:, len(self.names) :].min(0).values
+        self.sums.zero_()
+        self.count = 0
+        if bad.min() < NEVER:
+            # the sum is bad whenever a term is: name the term that was first
+            order = sorted(range(len(self.names)), key=lambda i: (bad[i].item(), i == 0))
+            name, step = self.names[order[0]], int(bad[order[0]])
+            raise FloatingPointError(f"loss term {name!r} was not finite at step {step}; nothing after it was saved")
+        return dict(zip(self.names, means.tolist(), strict=True))
+
+
+class Telemetry:
+    """Writes on rank 0, keeps quiet elsewhere.
+
+    Args:
+        directory: Run directory.
+        place: This process.
+        first_step: Steps done before; later entries of an earlier attempt are dropped.
+        last_step: Steps of the whole run.
+    """
+
+    def __init__(self, directory: Path, place: Place, *, first_step: int, last_step: int):
+        self.place = place
+        self.last_step = last_step
+        self.writer: SummaryWriter | None = None
+        self.bar: tqdm | None = None
+        self.stopwatch = Stopwatch(place.device)
+        self.sums = LossSums(place.device)
+        self.since = time.perf_counter()
+        if place.is_first:
+            self.metrics = directory / "metrics.jsonl"
+            keep_entries(self.metrics, first_step)
+            self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+            terminal = sys.stderr.isatty()
+            self.bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
+
+    def training(self, step: int, tokens: int, steps: int, extra: Mapping[str, float]) -> dict[str, float]:
+        """Report an interval of training; every rank must call this.
+
+        Args:
+            step: Steps done.
+            tokens: Tokens of the interval, over all ranks.
+            steps: Steps of the interval.
+            extra: Other scalars by tag.
+
+        Returns:
+            All scalars by tag.
+        """
+        losses = self.sums.read()
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        scalars = {f"loss/{name}": value for name, value in losses.items()}
+        scalars |= {f"time/{name}_s": value / steps for name, value in self.stopwatch.read().items()}
+        scalars |= {"throughput/tokens_per_s": tokens / seconds, "time/step_time_s": seconds / steps, **extra}
+        scalars |= memory_scalars(self.place.device)
+        self._write("train", step, scalars)
+        if self.bar is not None:
+            self._progress(step, scalars)
+        return scalars
+
+    def _progress(self, step: int, scalars: Mapping[str, float]) -> None:
+        assert self.bar is not None
+        rate = scalars["throughput/tokens_per_s"]
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"loss {scalars['loss/total']:.4f}, {rate:,.0f} tokens/s")
+            self.bar.update(step - self.bar.n)
+            return
+        left = (self.last_step - step) * scalars["time/step_time_s"]
+        self.note(
+            f"step {step}/{self.last_step}  loss {scalars['loss/total']:.4f}  {rate:,.0f} tokens/s  {left:.0f} s left"
+        )
+
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Report the objectives on held-out text."""
+        self._write("held_out", step, {f"held_out/{name}": value for name, value in losses.items()})
+        if self.bar is not None:
+            terms = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name != "total")
+            self.note(f"step {step}/{self.last_step}  held-out objective {losses['total']:.4f} ({terms})")
+        self.since = time.perf_counter()
+
+    def text(self, tag: str, content: str) -> None:
+        """Keep a text in TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_text(tag, f"```\n{content}\n```")
+
+    def note(self, line: str) -> None:
+        """A line for people, without breaking the bar."""
+        if self.place.is_first:
+            tqdm.write(line, file=sys.stderr)
+            sys.stderr.flush()
+
+    def pause(self) -> None:
+        """Leave out of the step time what happened since the last report (evaluation, checkpoints)."""
+        self.stopwatch.spans.clear()
+        self.since = time.perf_counter()
+
+    def _write(self, kind: str, step: int, scalars: Mapping[str, float]) -> None:
+        if self.writer is None:
+            return
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, step)
+        entry = {"kind": kind, "step": step, "time": time.time(), **scalars}
+        entry = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.bar is not None:
+            self.bar.close()
+
+
+def memory_scalars(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process since the last call, in GiB."""
+    if device.type == "cuda":
+        peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return {"memory/max_allocated_gib": peaks[0] / 2**30, "memory/max_reserved_gib": peaks[1] / 2**30}
+    import resource
+
+    return {"memory/max_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Entries of a metrics file; a last line cut short by a kill is left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
+
+
+def keep_entries(path: Path, last_step: int) -> None:
+    """Drop entries after `last_step`, which a resumed run will write again."""
+    kept = [entry for entry in read_metrics(path) if entry["step"] <= last_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    temporary.replace(path)

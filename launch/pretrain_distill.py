@@ -1,0 +1,60 @@
+"""Task-agnostic distillation: `deepspeed launch/pretrain_distill.py --ds_config ds_configs/zero2.json`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+RECIPES = Path(__file__).parent / "recipes"
+BAD_INPUT, FAULT = 2, 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Distil an encoder on unlabelled text.",
+        epilog="examples: deepspeed launch/pretrain_distill.py --ds_config ds_configs/zero2.json | "
+        "deepspeed --num_gpus 2 launch/pretrain_distill.py --ds_config ds_configs/zero2.json "
+        "--recipe launch/recipes/minilmv2.yaml --set corpus.directory=data/mine --set teacher.model=path/to/bert",
+    )
+    parser.add_argument("--ds_config", required=True, type=Path, help="DeepSpeed JSON: how the run runs")
+    parser.add_argument(
+        "--recipe", type=Path, default=RECIPES / "quickstart.yaml", help="YAML, or a run directory to repeat"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one value of the recipe"
+    )
+    parser.add_argument(
+        "--resume", default="auto", help="auto (the default), never, or the path of a checkpoint to go on from"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Parse, check, run."""
+    arguments = parse_arguments()
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    from dsdistill.config.deepspeed import read_deepspeed_json
+    from dsdistill.config.recipe import read_recipe
+    from dsdistill.pretrain import run
+
+    resume = arguments.resume if arguments.resume in ("auto", "never") else Path(arguments.resume)
+    try:
+        recipe = read_recipe(arguments.recipe, arguments.set)
+        run(recipe, read_deepspeed_json(arguments.ds_config), resume=resume, dry_run=arguments.dry_run)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAULT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
