@@ -59,10 +59,10 @@ class Masker:
         """
         if not 0 <= probability < 1:
             raise ValueError(f"masking probability {probability} is not in [0, 1)")
+        mask_id = tokenizer.mask_token_id
         if mask_id is None and probability > 0:
             raise ValueError("the tokenizer has no mask token: set the masking probability to 0")
         vocabulary = tokenizer.get_vocab()
-        mask_id = tokenizer.mask_token_id
         special_ids = sorted(set(tokenizer.all_special_ids))
         special = np.zeros(max(vocabulary.values()) + 1, np.bool_)
         special[special_ids] = True
