@@ -6,6 +6,9 @@ Shapes: B rows, L length, H heads, D width per head. Maps are compared head by h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,7 +41,7 @@ def attention_kl(
 ) -> Tensor:
     """KL of the teacher's attention distributions from the student's.
 
-    Wang et al. 2020, MiniLM (arXiv:2002.10957), equation 6: 1/(H |x|) sum_h sum_i KL(A^T_hi || A^S_hi). Half types are
+    Wang et al. 2020, MiniLM (arXiv:2002.10957), section 3.1: 1/(H |x|) sum_h sum_i KL(A^T_hi || A^S_hi). Half types are
     promoted to float32, float64 is kept; finite at any finite score.
 
     Args:
@@ -59,11 +62,11 @@ def attention_kl(
     Raises:
         ValueError: If the numbers of heads differ.
     """
+    check_head_counts(student_query.shape[1], teacher_query.shape[1])
     queries = counted(mask, reduction)
-    allowed = _allowed(queries, mask, segments, window)
-    student = _scores(student_query, student_key, queries, mask, student_scaling)
-    teacher = _scores(teacher_query.detach(), teacher_key.detach(), queries, mask, teacher_scaling)
-    _check_heads(student, teacher)
+    allowed = allowed_pairs(queries, mask, segments, window)
+    student = attention_scores(student_query, student_key, queries, mask, student_scaling)
+    teacher = attention_scores(teacher_query.detach(), teacher_key.detach(), queries, mask, teacher_scaling)
     return masked_mean(divergence_rows(student, teacher, allowed).mean(1), queries)
 
 
@@ -104,11 +107,11 @@ def attention_mse(
     Raises:
         ValueError: If the numbers of heads differ.
     """
+    check_head_counts(student_query.shape[1], teacher_query.shape[1])
     queries = counted(mask, reduction)
-    allowed = _allowed(queries, mask, segments, window)
-    student = _scores(student_query, student_key, queries, mask, student_scaling)
-    teacher = _scores(teacher_query.detach(), teacher_key.detach(), queries, mask, teacher_scaling)
-    _check_heads(student, teacher)
+    allowed = allowed_pairs(queries, mask, segments, window)
+    student = attention_scores(student_query, student_key, queries, mask, student_scaling)
+    teacher = attention_scores(teacher_query.detach(), teacher_key.detach(), queries, mask, teacher_scaling)
     squares = zero_outside((student - teacher).square(), allowed)
     if reduction == "study":
         return squares.mean()
@@ -122,7 +125,7 @@ def equal_heads(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, **_
         ValueError: If the numbers of heads differ, or a pair has no attention.
     """
     check_attention_layers(pairs)
-    _check_head_counts(student.num_heads, teacher.num_heads)
+    check_head_counts(student.num_heads, teacher.num_heads)
 
 
 @objective(
@@ -131,13 +134,13 @@ def equal_heads(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, **_
     teacher={"query", "key"},
     head=equal_heads,
     equation="mean_{real i, heads} KL(softmax(A^T_i) || softmax(A^S_i)), A = scaling * Q K^T",
-    paper="MiniLM, arXiv:2002.10957, eq. 6; study arXiv:2305.15032, Att-KL",
+    paper="MiniLM, arXiv:2002.10957, sec. 3.1; study arXiv:2305.15032, Att-KL",
 )
 def att_kl(
     student: Features, teacher: Features, batch: Batch, pairs: LayerPairs, *, reduction: Reduction = "mean"
 ) -> dict[str, Tensor]:
     """`attention_kl` over layer pairs."""
-    losses = [_compare(attention_kl, student, teacher, batch, s, t, reduction) for s, t in pairs]
+    losses = [compare_maps(attention_kl, student, teacher, batch, s, t, reduction=reduction) for s, t in pairs]
     return {"att_kl": over_pairs(losses, reduction)}
 
 
@@ -153,14 +156,23 @@ def att_mse(
     student: Features, teacher: Features, batch: Batch, pairs: LayerPairs, *, reduction: Reduction = "mean"
 ) -> dict[str, Tensor]:
     """`attention_mse` over layer pairs."""
-    losses = [_compare(attention_mse, student, teacher, batch, s, t, reduction) for s, t in pairs]
+    losses = [compare_maps(attention_mse, student, teacher, batch, s, t, reduction=reduction) for s, t in pairs]
     return {"att_mse": over_pairs(losses, reduction)}
 
 
-def _compare(
-    function, student: Features, teacher: Features, batch: Batch, s: int, t: int, reduction: Reduction
-) -> Tensor:
-    """One layer pair. Documents packed into one row attend to each other, as the models do: no `segments`."""
+def compare_maps(
+    function: Callable[..., Any],
+    student: Features,
+    teacher: Features,
+    batch: Batch,
+    s: int,
+    t: int,
+    **options: object,
+) -> Any:
+    """A function such as `attention_kl` on one layer pair.
+
+    Documents packed into one row attend to each other, as in the models themselves: no `segments`.
+    """
     return function(
         student.at("query", s),
         student.at("key", s),
@@ -170,7 +182,7 @@ def _compare(
         student_scaling=student.scaling[s],
         teacher_scaling=teacher.scaling[t],
         window=shared_window(student, teacher, s, t),
-        reduction=reduction,
+        **options,
     )
 
 
@@ -189,7 +201,9 @@ def shared_window(student: Features, teacher: Features, s: int, t: int) -> int |
     return ours
 
 
-def _scores(query_BHLD: Tensor, key_BHLD: Tensor, queries_BL: Tensor, keys_BL: Tensor, scaling: float) -> Tensor:
+def attention_scores(
+    query_BHLD: Tensor, key_BHLD: Tensor, queries_BL: Tensor, keys_BL: Tensor, scaling: float
+) -> Tensor:
     """Attention scores (B, H, L, L) without anything from padding; keys of grouped queries are repeated."""
     if query_BHLD.shape[1] % key_BHLD.shape[1]:
         raise ValueError(f"{key_BHLD.shape[1]} key heads do not divide {query_BHLD.shape[1]} query heads")
@@ -199,7 +213,7 @@ def _scores(query_BHLD: Tensor, key_BHLD: Tensor, queries_BL: Tensor, keys_BL: T
     return inner_products(query, key.repeat_interleave(group, dim=1) if group > 1 else key) * scaling
 
 
-def _allowed(queries_BL: Tensor, keys_BL: Tensor, segments: Tensor | None, window: int | None) -> Tensor:
+def allowed_pairs(queries_BL: Tensor, keys_BL: Tensor, segments: Tensor | None, window: int | None) -> Tensor:
     """Who may attend to whom, bool (B, 1, L, L)."""
     allowed = queries_BL[:, :, None] & keys_BL[:, None, :]
     if segments is not None:
@@ -210,11 +224,12 @@ def _allowed(queries_BL: Tensor, keys_BL: Tensor, segments: Tensor | None, windo
     return allowed[:, None]
 
 
-def _check_heads(student_scores: Tensor, teacher_scores: Tensor) -> None:
-    _check_head_counts(student_scores.shape[1], teacher_scores.shape[1])
+def check_head_counts(student: int, teacher: int) -> None:
+    """Refuse maps of unequally many heads.
 
-
-def _check_head_counts(student: int, teacher: int) -> None:
+    Raises:
+        ValueError: Points to relations.
+    """
     if student != teacher:
         raise ValueError(
             f"attention maps of {student} student heads and {teacher} teacher heads cannot be compared; "

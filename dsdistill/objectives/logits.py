@@ -1,20 +1,89 @@
-"""Objectives on logits: masked-language-model labels.
+"""Objectives on logits: soft targets of the teacher (`kd`), masked-language-model labels (`mlm`), task labels (`task`).
 
-Shapes: N chosen positions, V vocabulary.
+Shapes: N chosen positions or rows, V vocabulary, C classes. Over a vocabulary everything is computed in chunks of rows
+and computed again in backward, so that no float32 tensor of N x V exists, for either model.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from dsdistill.core import IGNORED_LABEL, Batch, Features, LayerPairs
-from dsdistill.objectives.numerics import promote
+from dsdistill.core import IGNORED_LABEL, Batch, Features, LayerPairs, ModelShape
+from dsdistill.objectives.numerics import check_same_shape, promote
 from dsdistill.objectives.registry import objective
+
+Divergence = Literal["forward", "reverse", "jsd", "mse"]
+Problem = Literal["classification", "regression", "multi_label"]
+
+CHUNK_ELEMENTS = 2**24
+"""Logits handled at once: 64 MB in float32; 549 positions of BERT's vocabulary."""
+
+
+def soft_cross_entropy(student_NC: Tensor, teacher_NC: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Cross-entropy of the student against the teacher's softened distribution.
+
+    Hinton et al. 2015 (arXiv:1503.02531), section 2: scaled by temperature squared so that gradients keep their size.
+    Half types are promoted to float32, float64 is kept.
+
+    Args:
+        student_NC: Student logits, (N, C), any float dtype; gradients flow.
+        teacher_NC: Teacher logits, (N, C); treated as constant.
+        temperature: Softening, > 0.
+
+    Returns:
+        Scalar in nats, mean over N; 0 if N is 0.
+
+    Raises:
+        ValueError: If shapes differ or temperature is not positive.
+    """
+    return _soft(_cross_entropy_rows, student_NC, teacher_NC, temperature)
+
+
+def soft_divergence(
+    student_NC: Tensor,
+    teacher_NC: Tensor,
+    *,
+    kind: Literal["forward", "reverse", "jsd"] = "forward",
+    temperature: float = 1.0,
+    beta: float = 0.5,
+) -> Tensor:
+    """Divergence between the two softened distributions, times temperature squared.
+
+    With P the teacher and Q the student: `forward` KL(P||Q) (Hinton et al. 2015, the gradient of
+    `soft_cross_entropy`), `reverse` KL(Q||P), `jsd` the generalised Jensen-Shannon divergence of Agarwal et al. 2024
+    (arXiv:2306.13649): beta KL(P||M) + (1 - beta) KL(Q||M), M = beta P + (1 - beta) Q. At beta 0 and 1,
+    where that is 0, stand its limits after division by beta and 1 - beta: forward and reverse KL.
+
+    Args:
+        student_NC: Student logits, (N, C), any float dtype; gradients flow.
+        teacher_NC: Teacher logits, (N, C); treated as constant.
+        kind: Which divergence.
+        temperature: Softening, > 0.
+        beta: Weight of the teacher in the mixture of `jsd`, 0 to 1.
+
+    Returns:
+        Scalar in nats, mean over N; 0 if N is 0.
+
+    Raises:
+        ValueError: If shapes differ, temperature is not positive, or beta is outside 0..1.
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta={beta} is outside 0..1; 0.5 weighs both models alike")
+    if kind == "jsd" and beta in (0, 1):
+        kind = "forward" if beta == 0 else "reverse"
+    rows = {"forward": _forward_rows, "reverse": _reverse_rows, "jsd": _jsd_rows(beta)}[kind]
+    return _soft(rows, student_NC, teacher_NC, temperature)
 
 
 def token_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Cross-entropy against token labels.
+    """Cross-entropy against hard labels.
 
     Args:
         logits_NV: (N, V), any float dtype; gradients flow. Half types are promoted to float32.
@@ -23,8 +92,116 @@ def token_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     Returns:
         Scalar in nats, mean over the labels that count; 0 if there are none.
     """
-    total = F.cross_entropy(promote(logits_NV), labels_N, ignore_index=IGNORED_LABEL, reduction="sum")
-    return total / (labels_N != IGNORED_LABEL).sum().clamp(min=1)
+
+    def rows(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(promote(logits), labels, ignore_index=IGNORED_LABEL, reduction="none")
+
+    return _sum_over_rows(rows, logits_NV, labels_N) / (labels_N != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def _soft(
+    rows: Callable[[Tensor, Tensor], Tensor], student_NC: Tensor, teacher_NC: Tensor, temperature: float
+) -> Tensor:
+    """Mean over N of `rows(log Q, log P)` at this temperature, times its square."""
+    check_same_shape("logits", student_NC, teacher_NC, instead="both models need the same vocabulary or classes")
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} is not positive; 1 leaves the logits as they are")
+
+    def softened(student: Tensor, teacher: Tensor) -> Tensor:
+        student_log = torch.log_softmax(promote(student) / temperature, dim=-1)
+        return rows(student_log, torch.log_softmax(promote(teacher) / temperature, dim=-1))
+
+    total = _sum_over_rows(softened, student_NC, teacher_NC.detach())
+    return total * (temperature**2 / max(len(student_NC), 1))
+
+
+def _cross_entropy_rows(student_log: Tensor, teacher_log: Tensor) -> Tensor:
+    return -(teacher_log.exp() * student_log).sum(-1)
+
+
+def _forward_rows(student_log: Tensor, teacher_log: Tensor) -> Tensor:
+    return (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
+
+
+def _reverse_rows(student_log: Tensor, teacher_log: Tensor) -> Tensor:
+    return _forward_rows(teacher_log, student_log)
+
+
+def _jsd_rows(beta: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def rows(student_log: Tensor, teacher_log: Tensor) -> Tensor:
+        mixture_log = torch.logaddexp(teacher_log + math.log(beta), student_log + math.log1p(-beta))
+        return beta * _forward_rows(mixture_log, teacher_log) + (1 - beta) * _forward_rows(mixture_log, student_log)
+
+    return rows
+
+
+def _sum_over_rows(rows: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Sum of `rows(*tensors)` over dimension 0; in chunks, recomputed in backward, when there are many logits.
+
+    `split` rather than slices: its backward joins the chunks' gradients once, in the type of the logits.
+    """
+    size = max(1, CHUNK_ELEMENTS // tensors[0].shape[1])
+    if len(tensors[0]) <= size:
+        return rows(*tensors).sum()
+
+    def chunk_sum(*chunk: Tensor) -> Tensor:
+        return rows(*chunk).sum()
+
+    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    sums = [checkpoint(chunk_sum, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(sums).sum()
+
+
+def _check_kd(
+    student: ModelShape,
+    teacher: ModelShape,
+    pairs: LayerPairs,
+    *,
+    divergence: Divergence,
+    temperature: float,
+    beta: float | None,
+    **_: object,
+) -> None:
+    """Refuse, before anything runs, parameters that would have no effect."""
+    if beta is not None and divergence != "jsd":
+        raise ValueError(f"beta={beta} has no effect on divergence={divergence!r}; drop it or use 'jsd'")
+    if divergence == "mse" and temperature != 1:
+        raise ValueError(f"temperature={temperature} has no effect on divergence='mse'; drop it")
+
+
+@objective(
+    "kd",
+    student={"logits"},
+    teacher={"logits"},
+    head=_check_kd,
+    equation="T^2 mean_i KL(P_i || Q_i), P = softmax(z^T/T), Q = softmax(z^S/T); or KL(Q || P); "
+    "or b KL(P || M) + (1-b) KL(Q || M), M = b P + (1-b) Q; or mean (z^T - z^S)^2",
+    paper="Hinton et al., arXiv:1503.02531, sec. 2; JSD: arXiv:2306.13649; study arXiv:2305.15032, Vanilla KD",
+)
+def kd(
+    student: Features,
+    teacher: Features,
+    batch: Batch,
+    pairs: LayerPairs,
+    *,
+    divergence: Divergence = "forward",
+    temperature: float = 1.0,
+    beta: float | None = None,
+) -> dict[str, Tensor]:
+    """Soft targets at `Batch.targets`, or of the rows in a task; `mse` compares the logits themselves (regression).
+
+    `jsd` without beta takes 0.5.
+    """
+    if divergence == "mse":
+        check_same_shape("logits", student.logits, teacher.logits, instead="both models need the same outputs")
+        squares = (promote(student.logits) - promote(teacher.logits.detach())).square()
+        return {"kd": squares.sum() / max(squares.numel(), 1)}
+    if student.logits.shape[-1] == 1:
+        raise ValueError("kd of a single output is always 0; use divergence: mse for regression")
+    weight = 0.5 if beta is None else beta
+    return {
+        "kd": soft_divergence(student.logits, teacher.logits, kind=divergence, temperature=temperature, beta=weight)
+    }
 
 
 @objective(
@@ -36,5 +213,34 @@ def token_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 def mlm(student: Features, teacher: Features | None, batch: Batch, pairs: LayerPairs) -> dict[str, Tensor]:
     """Masked language modelling at `Batch.targets`."""
     if batch.labels is None or batch.targets is None:
-        raise ValueError("mlm needs token labels, but this batch has none; mask the corpus (masking.probability > 0)")
+        raise ValueError("mlm needs token labels, but this batch has none; mask the corpus")
     return {"mlm": token_cross_entropy(student.logits, batch.labels.flatten()[batch.targets])}
+
+
+@objective(
+    "task",
+    student={"logits"},
+    equation="mean_rows -log softmax(z^S)[label]; or (z^S - label)^2; or -mean_C log sigmoid(+-z^S)",
+    paper="BERT, arXiv:1810.04805, section 4",
+)
+def task(
+    student: Features,
+    teacher: Features | None,
+    batch: Batch,
+    pairs: LayerPairs,
+    *,
+    problem: Problem = "classification",
+) -> dict[str, Tensor]:
+    """Hard labels of a task: classes (B,), real numbers (B,), or for `multi_label` one 0 or 1 for each class (B, C)."""
+    labels = batch.labels
+    if labels is None:
+        raise ValueError("task needs labels, but this batch has none")
+    if problem == "classification":
+        return {"task": token_cross_entropy(student.logits, labels)}
+    logits = promote(student.logits)
+    if problem == "regression":
+        logits = logits.squeeze(-1)
+    check_same_shape(f"task ({problem})", logits, labels, instead="the model's outputs must fit the labels")
+    if problem == "regression":
+        return {"task": F.mse_loss(logits, labels.to(logits.dtype))}
+    return {"task": F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))}

@@ -77,3 +77,9 @@ def check_same_shape(what: str, student: Tensor, teacher: Tensor, *, instead: st
     """
     if student.shape != teacher.shape:
         raise ValueError(f"{what}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ; {instead}")
+
+
+def unit_length(vectors: Tensor) -> Tensor:
+    """Vectors along the last axis divided by their length (at least 1e-3), in float32 or better."""
+    promoted = promote(vectors)
+    return promoted * promoted.square().sum(-1, keepdim=True).clamp(min=1e-6).rsqrt()

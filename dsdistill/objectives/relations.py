@@ -41,7 +41,7 @@ def relation_kl(
 ) -> Tensor:
     """KL of the teacher's relations among positions from the student's.
 
-    Wang et al. 2021, MiniLMv2 (arXiv:2012.15828), equations 4 and 5: R = softmax(A A^T / sqrt(E / R)) for each
+    Wang et al. 2021, MiniLMv2 (arXiv:2012.15828), section 3.1: R = softmax(A A^T / sqrt(E / R)) for each
     relation head. Heads are merged to the full width before it is split into relation heads, so head counts and widths
     of the two models may differ. Every real position relates to every real position, also where a model's own attention
     is local. Half types are promoted to float32, float64 is kept.
@@ -121,7 +121,7 @@ def relation_heads_fit(
     teacher={"value"},
     head=relation_heads_fit,
     equation="mean_{real i, heads} KL(softmax(V^T V^T' / sqrt(d)) || softmax(V^S V^S' / sqrt(d)))",
-    paper="MiniLM, arXiv:2002.10957, eq. 8; study arXiv:2305.15032, Val-KL",
+    paper="MiniLM, arXiv:2002.10957, sec. 3.2; study arXiv:2305.15032, Val-KL",
 )
 def val_kl(
     student: Features, teacher: Features, batch: Batch, pairs: LayerPairs, *, reduction: Reduction = "mean"
@@ -146,7 +146,7 @@ def val_kl(
     teacher={"query", "key", "value"},
     head=equal_heads,
     equation="att_kl + val_kl",
-    paper="MiniLM, arXiv:2002.10957, eq. 9; study arXiv:2305.15032, Att-KL + Val-KL",
+    paper="MiniLM, arXiv:2002.10957, sec. 3.2; study arXiv:2305.15032, Att-KL + Val-KL",
 )
 def minilm(
     student: Features, teacher: Features, batch: Batch, pairs: LayerPairs, *, reduction: Reduction = "mean"
@@ -168,7 +168,7 @@ def _named(*, relations: Relations = SELF_RELATIONS, **_: object) -> frozenset[S
     teacher=_named,
     head=relation_heads_fit,
     equation="sum_{relations} mean_{real i, R} KL(softmax(A^T B^T' / sqrt(E_T/R)) || softmax(A^S B^S' / sqrt(E_S/R)))",
-    paper="MiniLMv2, arXiv:2012.15828, eq. 4-6",
+    paper="MiniLMv2, arXiv:2012.15828, sec. 3.1",
 )
 def minilmv2(
     student: Features,

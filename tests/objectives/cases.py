@@ -11,7 +11,7 @@ from typing import Any
 
 from dsdistill.core import LayerPairs
 from tests import oracles
-from tests.objectives.worlds import OTHER_HEADS, TEACHER, World
+from tests.objectives.worlds import EXAMPLES, OTHER_HEADS, TEACHER, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,93 @@ def mlm(world: World) -> float:
     return oracles.cross_entropy(lists(world.student, "logits", -1), [labels[i] for i in world.batch.targets.tolist()])
 
 
+def hid_cls(world: World) -> float:
+    first = [[True] if row[0] else [False] for row in world.batch.mask.tolist()]
+    return oracles.mean(
+        oracles.hidden_mse([row[:1] for row in s], [row[:1] for row in t], first) for s, t in hidden_states(world)
+    )
+
+
+def hid_cos(world: World) -> float:
+    return oracles.mean(oracles.hidden_cosine(s, t, world.batch.mask.tolist()) for s, t in hidden_states(world))
+
+
+def feature_map(part: int, factor: float) -> Callable[[World], float]:
+    def value(world: World) -> float:
+        mask = world.batch.mask.tolist()
+        return factor * oracles.mean(oracles.feature_maps(s, t, mask)[part] for s, t in hidden_states(world))
+
+    return value
+
+
+def logits(world: World) -> tuple[list, list]:
+    return lists(world.student, "logits", -1), lists(world.teacher, "logits", -1)
+
+
+def kd(kind: str, temperature: float = 1.0, beta: float = 0.5) -> Callable[[World], dict[str, float]]:
+    return term(kd=lambda world: oracles.kd(*logits(world), kind, temperature, beta))
+
+
+def task(function) -> Callable[[World], dict[str, float]]:
+    return term(task=lambda world: function(lists(world.student, "logits", -1), world.batch.labels.tolist()))
+
+
+def logit_pearson(part: int, temperature: float, factor: float = 1.0) -> Callable[[World], float]:
+    return lambda world: factor * oracles.logit_pearson(*logits(world), temperature)[part]
+
+
+def attention_pearson(part: int) -> Callable[[World], float]:
+    return attention(lambda *args: oracles.attention_pearson(*args)[part])
+
+
+def pooled(function, pooling: str, *args) -> Callable[[World], dict[str, float]]:
+    def value(world: World) -> float:
+        mask = world.batch.mask.tolist()
+        losses = []
+        for index, (s, t) in enumerate(world.pairs):
+            ours = oracles.pool(lists(world.student, "hidden", s), mask, pooling)
+            if world.head is not None:
+                ours = [oracles.linear(x, world.head[index].weight.tolist()) for x in ours]
+            theirs = oracles.pool(lists(world.teacher, "hidden", t), mask, pooling)
+            losses.append(function(ours, theirs, *args))
+        return oracles.mean(losses)
+
+    return term(pooled=value)
+
+
+def contrast(kind: str, pooling: str, temperature: float, *, memory: int = 0, other_labels: bool = False):
+    """Negatives are the other rows, or what the head draws from its bank (how it draws is tested elsewhere)."""
+
+    def value(world: World) -> float:
+        mask = world.batch.mask.tolist()
+        sides = []
+        for features, layers, linear in (
+            (world.student, world.pairs.student, world.head.student),
+            (world.teacher, world.pairs.teacher, world.head.teacher),
+        ):
+            pooled = [oracles.pool(lists(features, "hidden", layer), mask, pooling) for layer in layers]
+            rows = [[x for part in parts for x in part] for parts in zip(*pooled, strict=True)]
+            sides.append([oracles.linear(row, linear.weight.tolist(), linear.bias.tolist()) for row in rows])
+        kept = [b for b in range(len(mask)) if any(mask[b])]
+        if memory:
+            drawn = world.head.draw(world.batch.sample_ids[kept], memory).tolist()
+            negatives = [[world.head.bank[j].tolist() for j in row] for row in drawn]
+        else:
+            labels = world.batch.labels.tolist()
+            negatives = [
+                [
+                    sides[1][j]
+                    for j in range(len(kept))
+                    if j != i and not (other_labels and labels[kept[i]] == labels[kept[j]])
+                ]
+                for i in range(len(kept))
+            ]
+        return oracles.contrast(*sides, negatives, temperature, kind, EXAMPLES)
+
+    return term(hid_contrast=value)
+
+
+TASK = {"task": True}
 SAME_WIDTH = {"student": TEACHER, "teacher": TEACHER}
 ALL_LAYERS = LayerPairs((1, 2, 3), (1, 2, 3), combine=True)
 WITH_EMBEDDINGS = LayerPairs((0, 1, 3), (0, 2, 3))
@@ -172,5 +259,133 @@ CASES = [
         oracle=term(hid_seq=hidden_mse),
     ),
     Case(id="hid_seq-combine", name="hid_seq", world={"pairs": ALL_LAYERS}, oracle=term(hid_seq=hidden_mse)),
+    Case(id="hid_cls", name="hid_cls", oracle=term(hid_cls=hid_cls)),
+    Case(id="hid_cls-same-width", name="hid_cls", world=SAME_WIDTH, oracle=term(hid_cls=hid_cls)),
+    Case(id="hid_cls-combine", name="hid_cls", world={"pairs": ALL_LAYERS}, oracle=term(hid_cls=hid_cls)),
+    Case(id="hid_cos", name="hid_cos", oracle=term(hid_cos=hid_cos)),
+    Case(id="hid_cos-same-width", name="hid_cos", world=SAME_WIDTH, oracle=term(hid_cos=hid_cos)),
+    Case(
+        id="mobilebert",
+        name="mobilebert",
+        oracle=term(normalised=feature_map(0, 100.0), means=feature_map(1, 5000.0), variances=feature_map(2, 5.0)),
+    ),
+    Case(
+        id="mobilebert-factors",
+        name="mobilebert",
+        params={"normalised": 1.0, "means": 2.0, "variances": 3.0},
+        world=SAME_WIDTH,
+        oracle=term(normalised=feature_map(0, 1.0), means=feature_map(1, 2.0), variances=feature_map(2, 3.0)),
+    ),
     Case(id="mlm", name="mlm", vanishes=False, oracle=term(mlm=mlm)),
+    Case(id="kd", name="kd", oracle=kd("forward")),
+    Case(id="kd-temperature", name="kd", params={"temperature": 2.5}, oracle=kd("forward", 2.5)),
+    Case(id="kd-task", name="kd", params={"temperature": 2.0}, world=TASK, oracle=kd("forward", 2.0)),
+    Case(
+        id="kd-reverse",
+        name="kd",
+        params={"divergence": "reverse", "temperature": 2.0},
+        oracle=kd("reverse", 2.0),
+    ),
+    *(
+        Case(
+            id=f"kd-jsd-{beta}",
+            name="kd",
+            params={"divergence": "jsd", "temperature": 1.5, "beta": beta},
+            oracle=kd("jsd", 1.5, beta),
+        )
+        for beta in (0.0, 0.1, 0.5, 1.0)
+    ),
+    Case(id="kd-mse", name="kd", params={"divergence": "mse"}, world=TASK, oracle=kd("mse")),
+    Case(id="task", name="task", world=TASK, vanishes=False, oracle=task(oracles.cross_entropy)),
+    Case(
+        id="task-regression",
+        name="task",
+        params={"problem": "regression"},
+        world=TASK | {"outputs": 1, "labels": "real"},
+        vanishes=False,
+        oracle=task(oracles.squared_error),
+    ),
+    Case(
+        id="task-multi-label",
+        name="task",
+        params={"problem": "multi_label"},
+        world=TASK | {"labels": "multi"},
+        vanishes=False,
+        oracle=task(oracles.binary_cross_entropy),
+    ),
+    Case(
+        id="pearson",
+        name="pearson",
+        world=TASK,
+        splits=False,
+        oracle=term(inter_class=logit_pearson(0, 1.0), intra_class=logit_pearson(1, 1.0)),
+    ),
+    Case(
+        id="pearson-weights",
+        name="pearson",
+        params={"temperature": 2.0, "inter": 0.5, "intra": 3.0},
+        splits=False,
+        oracle=term(inter_class=logit_pearson(0, 2.0, 0.5), intra_class=logit_pearson(1, 2.0, 3.0)),
+    ),
+    Case(
+        id="pearson-attention",
+        name="pearson",
+        params={"on": "attention"},
+        oracle=term(
+            along_keys=attention_pearson(0), along_queries=attention_pearson(1), along_heads=attention_pearson(2)
+        ),
+    ),
+    Case(id="pooled", name="pooled", oracle=pooled(oracles.pooled_cosine, "mean")),
+    Case(
+        id="pooled-first",
+        name="pooled",
+        params={"pooling": "first", "compare": "mse"},
+        world=SAME_WIDTH,
+        oracle=pooled(oracles.pooled_mse, "first"),
+    ),
+    Case(
+        id="pooled-similarity",
+        name="pooled",
+        params={"compare": "similarity", "temperature": 0.2},
+        splits=False,
+        oracle=pooled(oracles.pooled_similarity, "mean", 0.2),
+    ),
+    Case(
+        id="pooled-similarity-others",
+        name="pooled",
+        params={"compare": "similarity", "diagonal": False},
+        splits=False,
+        oracle=pooled(oracles.pooled_similarity, "mean", 0.05, False),
+    ),
+    *(
+        Case(
+            id=f"hid_contrast-{kind}-{pooling}",
+            name="hid_contrast",
+            params={"contrast": kind, "pooling": pooling, "width": 5, "temperature": 0.3},
+            vanishes=False,
+            splits=False,
+            oracle=contrast(kind, pooling, 0.3),
+        )
+        for kind, pooling in (("infonce", "first"), ("crd", "mean"))
+    ),
+    Case(
+        id="hid_contrast-labels",
+        name="hid_contrast",
+        params={"width": 5, "temperature": 0.3, "other_labels": True},
+        world=TASK,
+        vanishes=False,
+        splits=False,
+        oracle=contrast("infonce", "first", 0.3, other_labels=True),
+    ),
+    *(
+        Case(
+            id=f"hid_contrast-memory-{kind}",
+            name="hid_contrast",
+            params={"contrast": kind, "negatives": "memory", "num_negatives": 6, "width": 5, "temperature": 0.3},
+            world={"pairs": ALL_LAYERS},
+            vanishes=False,
+            oracle=contrast(kind, "first", 0.3, memory=6),
+        )
+        for kind in ("infonce", "crd")
+    ),
 ]

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from dsdistill.core import Batch, Features, LayerPairs, ModelShape
 from dsdistill.objectives import find_objective
+from dsdistill.objectives.contrastive import ContrastHead
 
 PAIRS = LayerPairs((1, 2), (2, 3))
 VOCAB = 7
+EXAMPLES = 32
+"""Rows of the made-up data set."""
 
 
 def shape(num_heads: int, head_width: int, width: int, num_layers: int = 3) -> ModelShape:
@@ -65,6 +68,8 @@ def make_world(
     teacher: ModelShape = TEACHER,
     pairs: LayerPairs = PAIRS,
     task: bool = False,
+    outputs: int = VOCAB,
+    labels: str = "classes",
     same: bool = False,
     size: float = 1.0,
     seed: int = 0,
@@ -78,6 +83,8 @@ def make_world(
         teacher: Sizes of the teacher.
         pairs: Layer pairs.
         task: Logits and labels for each row instead of chosen positions.
+        outputs: Logits for each position or row.
+        labels: Of a task: `classes`, `real` numbers, or `multi`, a 0 or 1 for each class.
         same: The student says exactly what the teacher says, in every layer pair.
         size: Standard deviation of all signals.
         seed: Of everything random.
@@ -85,20 +92,24 @@ def make_world(
     generator = torch.Generator().manual_seed(seed)
     B = len(lengths)
     mask = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
-    labels = torch.randint(0, VOCAB, (B, length), generator=generator)
-    labels[~mask] = -100
-    labels[:, 1::2] = -100
-    targets = (labels.flatten() != -100).nonzero().flatten()
+    tokens = torch.randint(0, VOCAB, (B, length), generator=generator).masked_fill(~mask, -100)
+    tokens[:, 1::2] = -100
+    targets = (tokens.flatten() != -100).nonzero().flatten()
+    of_rows = {
+        "classes": torch.randint(0, 3, (B,), generator=generator),
+        "real": torch.randn(B, dtype=torch.float64, generator=generator),
+        "multi": torch.randint(0, 2, (B, outputs), generator=generator),
+    }
     batch = Batch(
         input_ids=torch.randint(0, VOCAB, (B, length), generator=generator),
         mask=mask,
         sample_ids=torch.arange(B) * 3 + 1,
-        labels=torch.randint(0, VOCAB, (B,), generator=generator) if task else labels,
+        labels=of_rows[labels] if task else tokens,
         targets=None if task else targets,
     )
     rows = None if task else len(targets)
-    theirs = features(teacher, B, length, VOCAB, generator, rows=rows, size=size)
-    ours = features(student, B, length, VOCAB, generator, rows=rows, size=size)
+    theirs = features(teacher, B, length, outputs, generator, rows=rows, size=size)
+    ours = features(student, B, length, outputs, generator, rows=rows, size=size)
     if same:
         ours = equal(ours, theirs, pairs)
     return World(batch, ours, theirs, pairs, student, teacher)
@@ -154,9 +165,14 @@ def make_head(world: World, name: str, params: Mapping[str, Any], *, seed: int =
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = find_objective(name).make_head(
-            world.student_shape, world.teacher_shape, world.pairs, params, num_examples=32
+            world.student_shape, world.teacher_shape, world.pairs, params, num_examples=EXAMPLES
         )
-    return head.double() if head is not None else None
+    if head is None:
+        return None
+    head = head.double()
+    if isinstance(head, ContrastHead):  # of length 1 in float64 too, as the oracle's cosines have it
+        head.bank /= head.bank.norm(dim=1, keepdim=True)
+    return head
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -173,7 +189,7 @@ def terms(world: World, name: str, params: Mapping[str, Any]) -> dict[str, Tenso
         params,
         head=world.head,
         gather=identity,
-        num_examples=32,
+        num_examples=EXAMPLES,
     )
 
 
