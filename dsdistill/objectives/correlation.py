@@ -137,18 +137,18 @@ def attention_pearson(
     return keys, queries, heads
 
 
-def _signals(*, on: Source, **_: object) -> frozenset[Signal]:
-    return frozenset({"logits"}) if on == "logits" else frozenset({"query", "key"})
+def _signals(*, of: Source, **_: object) -> frozenset[Signal]:
+    return frozenset({"logits"}) if of == "logits" else frozenset({"query", "key"})
 
 
-def _check(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, *, on: Source, **params: object) -> None:
+def _check(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, *, of: Source, **params: object) -> None:
     """Refuse, before anything runs, what cannot be compared and parameters that would have no effect."""
-    if on == "logits":
+    if of == "logits":
         return
     equal_heads(student, teacher, pairs)
     changed = [name for name in ("temperature", "inter", "intra") if params[name] != 1]
     if changed:
-        raise ValueError(f"{', '.join(changed)} has no effect on: attention; drop it")
+        raise ValueError(f"{', '.join(changed)} has no effect with of='attention'; drop it")
 
 
 @objective(
@@ -166,7 +166,7 @@ def pearson(
     batch: Batch,
     pairs: LayerPairs,
     *,
-    on: Source = "logits",
+    of: Source = "logits",
     temperature: float = 1.0,
     inter: float = 1.0,
     intra: float = 1.0,
@@ -175,7 +175,7 @@ def pearson(
 
     Over a vocabulary the logits take N x V in float32; `intra` compares rows with each other.
     """
-    if on == "logits":
+    if of == "logits":
         rows, classes = logit_pearson(student.logits, teacher.logits, temperature=temperature)
         return {"inter_class": inter * rows, "intra_class": intra * classes}
     parts = [compare_maps(attention_pearson, student, teacher, batch, s, t) for s, t in pairs]

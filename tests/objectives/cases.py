@@ -330,7 +330,7 @@ CASES = [
     Case(
         id="pearson-attention",
         name="pearson",
-        params={"on": "attention"},
+        params={"of": "attention"},
         oracle=term(
             along_keys=attention_pearson(0), along_queries=attention_pearson(1), along_heads=attention_pearson(2)
         ),

@@ -96,7 +96,7 @@ def make_world(
     tokens[:, 1::2] = -100
     targets = (tokens.flatten() != -100).nonzero().flatten()
     of_rows = {
-        "classes": torch.randint(0, 3, (B,), generator=generator),
+        "classes": torch.arange(B) % 3,
         "real": torch.randn(B, dtype=torch.float64, generator=generator),
         "multi": torch.randint(0, 2, (B, outputs), generator=generator),
     }
@@ -179,7 +179,7 @@ def identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def terms(world: World, name: str, params: Mapping[str, Any]) -> dict[str, Tensor]:
+def terms(world: World, name: str, params: Mapping[str, Any], gather=identity) -> dict[str, Tensor]:
     """What the objective returns in this world."""
     return find_objective(name)(
         world.student,
@@ -188,7 +188,7 @@ def terms(world: World, name: str, params: Mapping[str, Any]) -> dict[str, Tenso
         world.pairs,
         params,
         head=world.head,
-        gather=identity,
+        gather=gather,
         num_examples=EXAMPLES,
     )
 
