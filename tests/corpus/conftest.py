@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from dsdistill.corpus.prepare import prepare
 from dsdistill.corpus.settings import CorpusSettings
 
-WORDS = (
-    "river stone walking slowly under bridge because winter evening light remained upon water children running "
-    "towards houses mountain teacher student knowledge distils quietly larger smaller models learning again "
-    "caf\u00e9 na\u00efve Z\u00fcrich 1984 don't well-known"
-).split()
+WORDS = """
+river stone walking slowly under bridge because winter evening light remained upon water children running towards
+houses mountain teacher student knowledge distils quietly larger smaller models learning again caf\u00e9 na\u00efve
+Z\u00fcrich 1984 don't well-known
+""".split()  # noqa: SIM905 -- shorter than a list
 
 
 def make_documents(number: int, *, seed: int = 0, words: int = 40) -> list[str]:
