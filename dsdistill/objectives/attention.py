@@ -210,7 +210,7 @@ def attention_scores(
     group = query_BHLD.shape[1] // key_BHLD.shape[1]
     query = zero_outside(query_BHLD, queries_BL[:, None, :, None])
     key = zero_outside(key_BHLD, keys_BL[:, None, :, None])
-    return inner_products(query, key.repeat_interleave(group, dim=1) if group > 1 else key) * scaling
+    return inner_products(query, key.repeat_interleave(group, dim=1) if group > 1 else key, scaling)
 
 
 def allowed_pairs(queries_BL: Tensor, keys_BL: Tensor, segments: Tensor | None, window: int | None) -> Tensor:

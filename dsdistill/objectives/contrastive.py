@@ -91,7 +91,7 @@ class ContrastHead(nn.Module):
     def draw(self, sample_ids: Tensor, count: int) -> Tensor:
         """Rows of the bank (B, K) to stand against each row, never itself; a function of seed, step and row."""
         place = torch.arange(count, device=sample_ids.device)
-        key = _mix(_mix(self.step + self.seed * 0x632BE5AB) + sample_ids)[:, None]
+        key = _mix(_mix(self.step + (self.seed * 0x632BE5AB & 0x7FFFFFFFFFFF)) + sample_ids)[:, None]
         others = _mix(key + place).remainder(len(self.bank) - 1)
         return (sample_ids[:, None] + 1 + others).remainder(len(self.bank))
 
@@ -132,9 +132,9 @@ def _make_head(
     """Maps and bank; refuses parameters that would have no effect."""
     if negatives == "batch" and (num_negatives != 100 or momentum != 0.5):
         raise ValueError("num_negatives and momentum have no effect on negatives='batch'; drop them or use 'memory'")
-    rows = (num_examples or 0) if negatives == "memory" else 0
-    if negatives == "memory" and rows < 2:
+    if negatives == "memory" and num_examples is not None and num_examples < 2:
         raise ValueError(f"negatives='memory' needs at least 2 examples, got num_examples={num_examples}; use 'batch'")
+    rows = (num_examples or 0) if negatives == "memory" else 0
     return ContrastHead(len(pairs.student) * student.width, len(pairs.teacher) * teacher.width, width, rows, seed)
 
 

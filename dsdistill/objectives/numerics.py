@@ -21,10 +21,10 @@ def promote(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def inner_products(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of rows, (..., I, D) x (..., J, D) -> (..., I, J), in float32 or better, also under autocast."""
+def inner_products(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
+    """Scaled inner products, (..., I, D) x (..., J, D) -> (..., I, J), in float32 or better, also under autocast."""
     with torch.autocast(left.device.type, enabled=False):
-        return promote(left) @ promote(right).transpose(-1, -2)
+        return (promote(left) * scaling) @ promote(right).transpose(-1, -2)
 
 
 def zero_outside(tensor: Tensor, mask: Tensor) -> Tensor:
@@ -42,15 +42,15 @@ def divergence_rows(student: Tensor, teacher: Tensor, allowed: Tensor) -> Tensor
 
     Args:
         student: Scores in float32 or better; gradients flow.
-        teacher: Scores of the same shape; treated as constant.
-        allowed: bool, broadcastable to that shape; other places have probability 0 on both sides.
+        teacher: Scores of the same shape; detached by the caller.
+        allowed: bool, broadcastable to that shape; other places have probability 0 on both sides, exactly.
 
     Returns:
         The shape without its last axis.
     """
     student_log = masked_log_softmax(student, allowed)
-    teacher_log = masked_log_softmax(teacher.detach(), allowed)
-    return zero_outside(teacher_log.exp() * (teacher_log - student_log), allowed).sum(-1)
+    teacher_log = masked_log_softmax(teacher, allowed)
+    return (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Objective:
     def __call__(
         self,
         student: Features,
-        teacher: Features,
+        teacher: Features | None,
         batch: Batch,
         pairs: LayerPairs,
         params: Mapping[str, Any],
@@ -94,7 +94,7 @@ class Objective:
             teacher: Sizes of the teacher.
             pairs: The term's layer pairs.
             params: What the recipe sets; defaults are filled in.
-            num_examples: Rows of the training data, for memory banks.
+            num_examples: Rows of the training data, for memory banks; None where the head is made to be checked only.
 
         Raises:
             ValueError: If the objective cannot compare these models or layers.

@@ -69,17 +69,17 @@ def relation_kl(
     if segments is not None:
         allowed = allowed & (segments[:, :, None] == segments[:, None, :])
     ours = _relations(student, student if student_other is None else student_other, real, relation_heads)
-    theirs = _relations(
-        teacher.detach(), (teacher if teacher_other is None else teacher_other).detach(), real, relation_heads
-    )
+    theirs = _relations(teacher, teacher if teacher_other is None else teacher_other, real, relation_heads).detach()
     return masked_mean(divergence_rows(ours, theirs, allowed[:, None]).mean(1), real)
 
 
 def _relations(left_BHLD: Tensor, right_BHLD: Tensor, real_BL: Tensor, relation_heads: int) -> Tensor:
     """Scaled products (B, R, L, L) with nothing from padding in them."""
     left_BRLD = _regroup(zero_outside(left_BHLD, real_BL[:, None, :, None]), relation_heads)
-    right_BRLD = _regroup(zero_outside(right_BHLD, real_BL[:, None, :, None]), relation_heads)
-    return inner_products(left_BRLD, right_BRLD) * left_BRLD.shape[-1] ** -0.5
+    right_BRLD = left_BRLD
+    if right_BHLD is not left_BHLD:
+        right_BRLD = _regroup(zero_outside(right_BHLD, real_BL[:, None, :, None]), relation_heads)
+    return inner_products(left_BRLD, right_BRLD, left_BRLD.shape[-1] ** -0.5)
 
 
 def _regroup(tensor_BHLD: Tensor, relation_heads: int) -> Tensor:

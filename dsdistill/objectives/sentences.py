@@ -63,8 +63,8 @@ def similarity_kl(
     Returns:
         Scalar in nats, mean over rows; 0 if there are none.
     """
-    ours = inner_products(student, columns[0]) / temperature
-    theirs = inner_products(teacher.detach(), columns[1].detach()) / temperature
+    ours = inner_products(student, columns[0], 1 / temperature)
+    theirs = inner_products(teacher, columns[1], 1 / temperature).detach()
     return masked_mean(divergence_rows(ours, theirs, allowed), allowed.any(-1))
 
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsdistill.objectives import attention_kl, attention_mse, find_objective, relation_kl
 from dsdistill.objectives.numerics import inner_products
@@ -54,13 +56,50 @@ def test_isolated_documents_equal_documents_in_rows_of_their_own(maps):
     torch.testing.assert_close(together, alone / 6, rtol=1e-9, atol=1e-12)
 
 
-def test_keys_shared_by_groups_of_queries_are_repeated(maps):
-    student_query, student_key, teacher_query, teacher_key = maps
-    grouped = attention_kl(student_query, student_key[:, :1], teacher_query, teacher_key, MASK, **SCALES)
-    repeated = attention_kl(
-        student_query, student_key[:, :1].expand(-1, 2, -1, -1), teacher_query, teacher_key, MASK, **SCALES
+def test_keys_shared_by_groups_of_queries_are_repeated():
+    """Queries 0 and 1 share key 0, queries 2 and 3 share key 1."""
+    query, teacher_query, teacher_key = (random(3, 4, 6, 3, seed=i) for i in range(3))
+    key = random(3, 2, 6, 3, seed=3)
+    grouped = attention_kl(query, key, teacher_query, teacher_key, MASK, **SCALES)
+    repeated = attention_kl(query, key[:, [0, 0, 1, 1]], teacher_query, teacher_key, MASK, **SCALES)
+    torch.testing.assert_close(grouped, repeated, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="3 key heads do not divide 4 query heads"):
+        attention_kl(query, random(3, 3, 6, 3, seed=3), teacher_query, teacher_key, MASK, **SCALES)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    heads=st.integers(1, 3),
+    regrouped=st.integers(1, 3),
+    widths=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    window=st.none() | st.integers(0, 4),
+)
+def test_any_shape_agrees_with_the_oracle(lengths, heads, regrouped, widths, window):
+    mask = torch.arange(5)[None] < torch.tensor(lengths)[:, None]
+    student, teacher = (
+        [random(len(lengths), heads, 5, regrouped * width, seed=seed) for seed in seeds]
+        for width, seeds in zip(widths, [(0, 1), (2, 3)], strict=True)
     )
-    torch.testing.assert_close(grouped, repeated)
+    values = [x.tolist() for x in student + teacher]
+    for function, oracle in ((attention_kl, oracles.attention_kl), (attention_mse, oracles.attention_mse)):
+        got = function(*student, *teacher, mask, **SCALES, window=window)
+        expected = oracle(*values, mask.tolist(), 0.7, 0.5, window=window)
+        torch.testing.assert_close(got.item(), expected, rtol=1e-9, atol=1e-12)
+    got = relation_kl(student[0], teacher[0], mask, relation_heads=regrouped * heads)
+    expected = oracles.relation_kl(values[0], values[2], mask.tolist(), regrouped * heads)
+    torch.testing.assert_close(got.item(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_strided_signals_are_read_right():
+    """Capture hands out (B, L, H, D) seen as (B, H, L, D)."""
+    tensors = [random(3, 6, 2, 4, seed=i).transpose(1, 2) for i in range(4)]
+    packed = [x.contiguous() for x in tensors]
+    for function in (attention_kl, attention_mse):
+        torch.testing.assert_close(function(*tensors, MASK, **SCALES), function(*packed, MASK, **SCALES))
+    torch.testing.assert_close(
+        relation_kl(*tensors[:2], MASK, relation_heads=4), relation_kl(*packed[:2], MASK, relation_heads=4)
+    )
 
 
 @pytest.mark.parametrize("name", ["att_kl", "att_mse", "minilm"])

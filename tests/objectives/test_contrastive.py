@@ -132,7 +132,6 @@ def test_gradients_survive_the_move_of_the_bank(world):
 @pytest.mark.parametrize(
     ("params", "examples", "message"),
     [
-        (MEMORY, None, "at least 2"),
         (MEMORY, 1, "at least 2"),
         ({"num_negatives": 5}, 10, "no effect"),
         ({"momentum": 0.1}, 10, "no effect"),
