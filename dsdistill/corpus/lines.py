@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import zstandard
+import pyarrow as pa
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 LIMIT_BYTES = 16 * 2**20  # of one line and of one document: bounds the memory whatever the input
 
 _BLOCK_BYTES = 1 << 20
-_DAMAGED = (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
+_DAMAGED = (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error)
 
 
 @dataclass
@@ -51,11 +51,12 @@ def read_lines(path: Path, meter: Meter) -> Iterator[tuple[int, str]]:
 def _blocks(path: Path, meter: Meter) -> Iterator[bytes]:
     """Decompressed blocks; reports the bytes read from disk."""
     before = meter.done
+    damaged = (*_DAMAGED, OSError) if path.suffix == ".zst" else _DAMAGED  # pyarrow raises plain OSError
     with path.open("rb") as raw, _decompressed(raw, path.suffix) as stream:
         while True:
             try:
                 block = stream.read(_BLOCK_BYTES)
-            except _DAMAGED as error:
+            except damaged as error:
                 raise ValueError(
                     f"{path}: damaged or cut {path.suffix} data near byte {raw.tell()} ({error})"
                 ) from None
@@ -71,7 +72,7 @@ def _decompressed(raw: IO[bytes], suffix: str) -> IO[bytes]:
     if suffix == ".xz":
         return lzma.LZMAFile(raw)
     if suffix == ".zst":
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)  # pyright: ignore[reportReturnType]
+        return pa.CompressedInputStream(raw, "zstd")  # zstandard's reader takes a cut file for a whole one
     return raw
 
 

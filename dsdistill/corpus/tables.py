@@ -6,6 +6,10 @@ import csv
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dsdistill.corpus.lines import LIMIT_BYTES, Meter, read_lines
 
@@ -66,7 +70,7 @@ def read_jsonl(path: Path, column: str, where: Mapping[str, str], meter: Meter) 
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a JSON {type(row).__name__}, not an object; one object per line is needed")
         _check_columns((column, *where), row, place)
-        if all(_matches(row[name], value) for name, value in where.items()):
+        if _fits(row, where):
             yield _checked_text(row[column], column, place)
 
 
@@ -76,25 +80,25 @@ def read_parquet(path: Path, column: str, where: Mapping[str, str], meter: Meter
     Raises:
         ValueError: If the file is not Parquet, a column is missing, or the text is not a string.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    for row_number, row in _parquet_rows(path, (column, *where), meter):
+        if _fits(row, where):
+            yield _checked_text(row[column], column, f"{path}: row {row_number}")
 
+
+def _parquet_rows(path: Path, columns: tuple[str, ...], meter: Meter) -> Iterator[tuple[int, dict[str, Any]]]:
     before, size = meter.done, path.stat().st_size
     if size == 0:
         raise ValueError(f"{path}: the file is empty")
+    row_number = 0
     try:
         with pq.ParquetFile(path) as file:
-            _check_columns((column, *where), file.schema_arrow.names, str(path))
-            row_number, num_rows = 0, file.metadata.num_rows
-            names = list(dict.fromkeys((column, *where)))
-            for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=names):
-                meter.done = before + size * (row_number + len(batch)) // num_rows
-                for row in batch.to_pylist():
-                    row_number += 1
-                    if all(_matches(row[name], value) for name, value in where.items()):
-                        yield _checked_text(row[column], column, f"{path}: row {row_number}")
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as Parquet ({error})") from None
+            _check_columns(columns, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=list(dict.fromkeys(columns))):
+                meter.done = before + size * (row_number + len(batch)) // file.metadata.num_rows
+                for row_number, row in enumerate(batch.to_pylist(), row_number + 1):  # noqa: B020 -- goes on counting
+                    yield row_number, row
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as Parquet after row {row_number} ({error})") from None
 
 
 def read_hub(
@@ -105,17 +109,20 @@ def read_hub(
     Raises:
         ValueError: If it cannot be found or read, or a column is missing.
     """
-    import datasets
+    for row_number, row in _hub_rows(name, config, split or "train"):
+        place = f"{name}: row {row_number}"
+        _check_columns((column, *where), row, place)
+        if _fits(row, where):
+            yield _checked_text(row[column], column, place)
+
+
+def _hub_rows(name: str, config: str | None, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    import datasets  # slow to import, and needed for the hub only
     from datasets.exceptions import DatasetsError
 
     try:
-        rows = datasets.load_dataset(name, config, split=split or "train", streaming=True)
-        for row_number, row in enumerate(rows, 1):
-            place = f"{name}: row {row_number}"
-            _check_columns((column, *where), row, place)
-            if all(_matches(row[key], value) for key, value in where.items()):
-                yield _checked_text(row[column], column, place)
-    except (OSError, RuntimeError, DatasetsError) as error:
+        yield from enumerate(datasets.load_dataset(name, config, split=split, streaming=True), 1)
+    except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         raise ValueError(f"{name}: no such file, and not readable as a hub data set ({error})") from None
 
 
@@ -125,9 +132,9 @@ def _check_columns(wanted: tuple[str, ...], present: Collection[str], place: str
         raise ValueError(f"{place}: no column {missing[0]!r}; the columns are {', '.join(map(repr, present))}")
 
 
-def _matches(value: object, wanted: str) -> bool:
-    """Whether a cell has the wanted value, written as text; JSON's spelling for true, false and null also counts."""
-    return str(value) == wanted or (isinstance(value, bool | None) and json.dumps(value) == wanted)
+def _fits(row: Mapping[str, Any], where: Mapping[str, str]) -> bool:
+    """Whether cells have the wanted values, written as text; JSON's spelling of true, false and null also counts."""
+    return all(str(row[name]) == value or json.dumps(row[name], default=str) == value for name, value in where.items())
 
 
 def _checked_text(value: object, column: str, place: str) -> str:

@@ -32,7 +32,7 @@ class Template:
         prefix: Before the text.
         middle: Between the texts of a pair; empty for single texts.
         suffix: After the (last) text.
-        separator: Between documents in one row: the suffix's last token; None if there is no suffix.
+        separator: Between documents in one row: the suffix's first token; None if there is no suffix.
         middle_first: How many of `middle` have token type 0.
         second_type: Token type of a pair's second text and suffix, 0 or 1.
     """
@@ -131,7 +131,7 @@ def special_template(backend: Tokenizer, *, pairs: bool) -> Template:
         prefix=tuple(number for number, _ in groups[0]),
         middle=tuple(number for number, _ in middle),
         suffix=suffix,
-        separator=suffix[-1] if suffix else None,
+        separator=suffix[0] if suffix else None,
         middle_first=sum(kind == 0 for _, kind in middle),
         second_type=types_of_texts[-1],
     )

@@ -162,11 +162,11 @@ GOOD = b"A good line.\n\nAnother document.\n"
 BROKEN = {
     "empty.txt": (b"", "empty"),
     "blank.txt": (b"\n \n\t\n", "no document"),
-    "latin1.txt": (GOOD + b"caf\xe9\n", "line 4, byte 34 (0xe9)"),
-    "utf16.txt": ("text".encode("utf-16"), "line 1, byte 0"),
-    "binary.txt": (GOOD + b"ab\0cd\n", "zero byte at line 4, byte 33"),
-    "cut_utf8.txt": (GOOD + "\u4e2d".encode()[:2], "line 4, byte 31"),
-    "long_line.txt": (GOOD + b"x" * 50_000_000, f"line 4 (from byte 31) is longer than the limit of {LIMIT_BYTES}"),
+    "latin1.txt": (GOOD + b"caf\xe9\n", "line 4, byte 35 (0xe9)"),
+    "utf16.txt": ("text".encode("utf-16"), "zero byte at line 1, byte 3"),
+    "binary.txt": (GOOD + b"ab\0cd\n", "zero byte at line 4, byte 34"),
+    "cut_utf8.txt": (GOOD + "\u4e2d".encode()[:2], "line 4, byte 32"),
+    "long_line.txt": (GOOD + b"x" * 50_000_000, f"line 4 (from byte 32) is longer than the limit of {LIMIT_BYTES}"),
     "no_blank_lines.txt": (b"a line of a file\n" * 1_200_000, "the document from line 1 on is longer"),
     "not_gzip.txt.gz": (GOOD, "damaged or cut .gz"),
     "cut.txt.gz": (gzip.compress(random.Random(0).randbytes(9000).hex().encode())[:4000], "damaged or cut .gz"),
@@ -202,6 +202,14 @@ def test_broken_files_are_refused_with_file_and_place(tmp_path, name):
     assert message in str(caught.value)
 
 
+def outcome(path: Path) -> str:
+    try:
+        read(path)
+    except ValueError as error:
+        return str(error)
+    return "whole"
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_damage_is_read_or_refused_but_never_worse(tmp_path, seed):
     rng = random.Random(seed)
@@ -216,10 +224,8 @@ def test_random_damage_is_read_or_refused_but_never_worse(tmp_path, seed):
         for _ in range(rng.randint(1, 3)):
             content[rng.randrange(len(content))] = rng.randrange(256)
         path.write_bytes(content[: rng.choice([len(content), rng.randrange(1, len(content))])])
-        try:
-            assert all(isinstance(document, str) for document in read(path))
-        except ValueError as error:
-            assert path.name in str(error), error
+        result = outcome(path)
+        assert result == "whole" or path.name in result
 
 
 def test_a_wrong_row_filter_is_refused(tmp_path):
@@ -254,8 +260,8 @@ def test_options_for_other_kinds_of_input_are_refused(tmp_path):
         read(tmp_path / "a.txt", column="body")
     with pytest.raises(ValueError, match="hub_split have no effect"):
         read(tmp_path / "a.txt", hub_split="test")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no file in this directory"):
-        (tmp_path / "empty").mkdir()
         read(tmp_path / "empty")
     with pytest.raises(ValueError, match="matches this pattern"):
         read(tmp_path / "*.nothing")
@@ -315,13 +321,12 @@ def test_launcher_refuses_in_one_sentence(tmp_path, monkeypatch, capsys, wordpie
 
 def test_launcher_takes_every_setting(tmp_path, monkeypatch, capsys, wordpiece_dir):
     path = write_table(tmp_path / "a.csv", ",")
-    code, errors = run_launcher(
-        monkeypatch,
-        capsys,
-        *f"--input {path} {path} --tokenizer {wordpiece_dir} --output {tmp_path / 'c'} --format csv --column text".split(),
-        *["--where", "source=a", "id=0", "--strip_html", "--drop_duplicates", "--max_documents", "5", "--length", "16", "--rows", "document"],
-        *["--long_documents", "split", "--pairs", "--held_out", "0", "--shard_mb", "1", "--processes", "1", "--overwrite", "--quiet"],
-    )
+    arguments = f"""
+        --input {path} {path} --tokenizer {wordpiece_dir} --output {tmp_path / "c"} --format csv --column text
+        --where source=a id=0 --strip_html --drop_duplicates --max_documents 5 --length 16 --rows document
+        --long_documents split --pairs --held_out 0 --shard_mb 1 --processes 1 --overwrite --quiet
+    """
+    code, errors = run_launcher(monkeypatch, capsys, *arguments.split())
     assert code == 0, errors
     manifest = read_manifest(tmp_path / "c")
     assert manifest.settings["where"] == {"source": "a", "id": "0"}
