@@ -75,7 +75,7 @@ class Batch:
         return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: ZeRO-3 looks for parameters in `vars` of a module's output
 class Features:
     """What capture recorded in one forward of one model.
 
@@ -108,7 +108,11 @@ class Features:
         return self.at("logits", -1)
 
 
-@dataclass(frozen=True, slots=True)
+NOTHING = Features(signals={})
+"""What a teacher says whom nobody asks."""
+
+
+@dataclass(frozen=True)  # no slots, as above
 class Losses:
     """What the objectives return for one batch.
 

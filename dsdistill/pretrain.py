@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from dsdistill.config.deepspeed import fill_auto
 from dsdistill.config.recipe import Recipe
-from dsdistill.core import Batch
+from dsdistill.core import NOTHING, Batch
 from dsdistill.corpus.loader import held_out_batches, train_batches
 from dsdistill.corpus.masking import Masker
 from dsdistill.corpus.prepare import prepare
@@ -32,6 +31,7 @@ from dsdistill.training.distiller import BoundTerm, Distiller, bind_terms, freez
 from dsdistill.training.engine import half_precision, start_engine, start_processes, stop_processes, zero_stage
 from dsdistill.training.loop import Stage, train
 from dsdistill.training.telemetry import Telemetry
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -100,7 +100,7 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place, row_length:
             row_length=row_length,
         )
     )
-    if problems:
+    if problems or student is None or terms is None:
         raise ValueError("\n".join(problems))
     student_wants, teacher_wants = wanted_signals(terms)
     if "logits" in student_wants and recipe.masking.probability == 0:
@@ -181,9 +181,7 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
     corpus, held_out, tokenizer = open_corpus(recipe, plan, place)
     start_processes(place)
     try:
-        checkpoint = run_directory.enter(recipe.output, recipe, plan.engine_config, place, resume)
-        if not run_directory.is_finished(recipe.output, recipe):
-            distil(plan, corpus, held_out, tokenizer, checkpoint, place)
+        distil(plan, corpus, held_out, tokenizer, place, resume)
         if place.is_first:
             print(summarize(recipe.output), flush=True)
     finally:
@@ -227,11 +225,14 @@ def distil(
     corpus: Corpus,
     held_out: Corpus,
     tokenizer: PreTrainedTokenizerFast,
-    checkpoint: Path | None,
     place: Place,
+    resume: Literal["auto", "never"] | Path,
 ) -> None:
-    """Build both models, train from `checkpoint` or from the start, and save."""
+    """Build both models, train from the start or from where `resume` says, and save; nothing if that is done."""
     recipe, config = plan.recipe, plan.engine_config
+    checkpoint = run_directory.enter(recipe.output, recipe, config, place, resume)
+    if checkpoint is not None and run_directory.step_of(checkpoint) == recipe.optimization.steps:
+        return
     masker = Masker.from_tokenizer(
         tokenizer, probability=recipe.masking.probability, whole_word=recipe.masking.whole_word
     )
@@ -262,10 +263,11 @@ def distil(
         teacher=shape_of(plan.teacher_config),
         num_examples=corpus.num_rows,
         gather=gather_rows,
+        seed=recipe.seed,
     ).to(place.device)
     probe = next(iter(held_out_batches(held_out, **data, rows=2, micro_batch=2, rank=0, world_size=1)))
     probe = probe.to(place.device)
-    frozen = freeze_unreached(distiller, probe, teacher(probe) if teacher is not None else None)
+    frozen = freeze_unreached(distiller, probe, teacher(probe) if teacher is not None else NOTHING)
     engine = start_engine(distiller, recipe.optimization, config, place)
     first_step = 0
     if checkpoint is not None:

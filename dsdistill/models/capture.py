@@ -114,7 +114,7 @@ class Captured(nn.Module):
         if encoder_of(model).config._attn_implementation != ATTENTION:
             raise ValueError(f"{type(model).__name__} must be loaded with attn_implementation={ATTENTION!r}")
         self.model = model
-        self.wanted = {signal: tuple(sorted(layers)) for signal, layers in wanted.items() if layers}
+        self.wanted: Wanted = {signal: tuple(sorted(layers)) for signal, layers in wanted.items() if layers}
         self.num_layers = encoder_of(model).config.num_hidden_layers
         self.last_layer = self.num_layers if full_depth in (None, self.num_layers) else None
         self.takes_token_types = getattr(model.config, "type_vocab_size", 0) > 1
@@ -134,7 +134,7 @@ class Captured(nn.Module):
         if layers is None:
             raise ValueError(f"{type(self.model).__name__} shares its layers and cannot exempt some from checkpointing")
         for layer in captured - {0}:
-            layers[layer - 1].gradient_checkpointing = False
+            setattr(layers[layer - 1], "gradient_checkpointing", False)  # noqa: B010 (no tensor, whatever the type says)
 
     def forward(self, batch: Batch) -> Features:
         """Run the model on a batch.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from dsdistill.models.capture import ATTENTION
 from dsdistill.models.families import drop_pooler, encoder_of
@@ -40,9 +40,11 @@ def rebuild(skeleton: Path, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     model = auto.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
     if not any("pooler" in name for name in weights):
         drop_pooler(model)
-    tied = set(model.state_dict()) - {name for name, _ in model.named_parameters()} - {
-        name for name, _ in model.named_buffers()
-    }
+    tied = (
+        set(model.state_dict())
+        - {name for name, _ in model.named_parameters()}
+        - {name for name, _ in model.named_buffers()}
+    )
     result = model.load_state_dict(dict(weights), strict=False)
     lost = set(result.missing_keys) - tied
     if lost or result.unexpected_keys:

@@ -6,6 +6,8 @@ its attention through the attention interface needs no entry of its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -77,5 +79,6 @@ def truncate(model: PreTrainedModel, depth: int) -> None:
 
 def drop_pooler(model: PreTrainedModel) -> None:
     """Remove the pooler, in place; the families that have one run without it."""
-    if getattr(encoder_of(model), "pooler", None) is not None:
-        encoder_of(model).pooler = None
+    encoder: Any = encoder_of(model)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None

@@ -71,9 +71,7 @@ def build_student(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = type(teacher)._from_config(
-            copy.deepcopy(config), attn_implementation=ATTENTION, dtype=torch.float32
-        )
+        student = type(teacher)._from_config(copy.deepcopy(config), attn_implementation=ATTENTION, dtype=torch.float32)
     if getattr(encoder_of(teacher), "pooler", ...) is None:
         drop_pooler(student)
     if layers is not None:

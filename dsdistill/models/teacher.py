@@ -31,8 +31,7 @@ class ResidentTeacher:
             drop_pooler(model)
             truncate(model, max((layer for layers in wanted.values() for layer in layers), default=1))
         model.requires_grad_(False)
-        model.to(device=device, dtype=dtype)
-        self.captured = Captured(model, wanted, full_depth=full_depth).eval()
+        self.captured = Captured(model, wanted, full_depth=full_depth).to(device=device, dtype=dtype).eval()
 
     @property
     def num_layers(self) -> int:

@@ -1,10 +1,10 @@
 """Checkpoints: written beside their final name, sealed by a manifest, renamed; the newest whole one is found by name.
 
-    checkpoints/step-00000100/
-        deepspeed/            engine, optimizer and loss-scale state, one file per process
-        student.safetensors   complete student in float32, from which the export is made
-        state.json            step, number of processes, ZeRO stage
-        manifest.json         size and SHA-256 of every file, written last
+checkpoints/step-00000100/
+    deepspeed/            engine, optimizer and loss-scale state, one file per process
+    student.safetensors   complete student in float32, from which the export is made
+    state.json            step, number of processes, ZeRO stage
+    manifest.json         size and SHA-256 of every file, written last
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import save_file
 from torch import nn
 
@@ -31,6 +35,8 @@ STUDENT = "student.safetensors"
 STATE = "state.json"
 ENGINE = "deepspeed"
 CLIENT = "dsdistill"
+_ENGINE_STATE_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+"""What DeepSpeed's own state holds beside tensors and plain values."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -140,12 +146,13 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def _no_code_from_pickles() -> Iterator[None]:
-    """DeepSpeed unpickles without restriction; torch can be told to refuse everything but data."""
+    """DeepSpeed unpickles without restriction; torch can be told to accept data and these classes only."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        yield
+        with torch.serialization.safe_globals(list(_ENGINE_STATE_CLASSES)):
+            yield
     finally:
         if before is None:
             del os.environ[name]

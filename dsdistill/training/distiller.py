@@ -101,6 +101,7 @@ class Distiller(nn.Module):
         shape: Shape of the student.
         num_examples: Rows of the training data, for memory banks.
         gather: Collects a tensor's rows from all ranks, with gradient; identity in one process.
+        seed: Of the weights that start random.
     """
 
     def __init__(
@@ -112,30 +113,34 @@ class Distiller(nn.Module):
         teacher: ModelShape,
         num_examples: int,
         gather: Gather,
+        seed: int,
     ):
         super().__init__()
         self.student = student
         self.terms = tuple(terms)
-        heads = {
-            t.label: t.objective.make_head(shape, teacher, t.pairs, t.params_at(0), num_examples=num_examples)
-            for t in self.terms
-        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            heads = {
+                t.label: t.objective.make_head(shape, teacher, t.pairs, t.params_at(0), num_examples=num_examples)
+                for t in self.terms
+            }
         self.heads = nn.ModuleDict({_key(label): head for label, head in heads.items() if head is not None})
         self.num_examples = num_examples
         self.gather = gather
 
-    def forward(self, batch: Batch, teacher: Features | None, step: int) -> Losses:
+    def forward(self, batch: Batch, teacher: Features, step: int) -> Losses:
         """The student's forward and the objectives.
 
         Args:
             batch: Rows of this micro-batch.
-            teacher: The teacher's signals for the same rows, or None if no term needs a teacher.
+            teacher: The teacher's signals for the same rows; `NOTHING` if no term needs a teacher.
             step: Optimizer step, for schedules.
         """
         return self.losses(self.student(batch), batch, teacher, step)
 
-    def losses(self, student: Features, batch: Batch, teacher: Features | None, step: int) -> Losses:
+    def losses(self, student: Features, batch: Batch, teacher: Features, step: int) -> Losses:
         """The objectives on recorded signals."""
+        heads = dict(self.heads.items())
         total = torch.zeros((), device=batch.input_ids.device)
         terms: dict[str, Tensor] = {}
         for term in self.terms:
@@ -145,7 +150,7 @@ class Distiller(nn.Module):
                 batch,
                 term.pairs,
                 term.params_at(step),
-                head=self.heads[_key(term.label)] if _key(term.label) in self.heads else None,
+                head=heads.get(_key(term.label)),
                 gather=self.gather,
                 num_examples=self.num_examples,
             )
@@ -161,7 +166,7 @@ def _key(label: str) -> str:
     return label.replace(".", "_")
 
 
-def freeze_unreached(distiller: Distiller, batch: Batch, teacher: Features | None) -> list[str]:
+def freeze_unreached(distiller: Distiller, batch: Batch, teacher: Features) -> list[str]:
     """Freeze every parameter that the loss does not reach, found by one backward on a small batch.
 
     Without gradient they would still be decayed by AdamW, and hold optimizer state.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -21,6 +21,9 @@ def start_processes(place: Place) -> None:
     os.environ.update(rendezvous(place))
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
+    else:
+        # DeepSpeed would compile a shared-memory all-reduce at first use: a minute, a compiler, and gloo does it too
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if place.device.type == "cuda" else "gloo", verbose=False)
 
 
@@ -46,20 +49,29 @@ def start_engine(
 
     Args:
         model: All trainable parameters are in it.
-        settings: The recipe's section.
+        settings: The recipe's section; the loop sets the learning rate before every step.
         config: DeepSpeed JSON, filled.
         place: This process.
     """
     model.to(place.device)
     optimizer = torch.optim.AdamW(
         [group for group in parameter_groups(model, settings.weight_decay) if group["params"]],
-        lr=settings.learning_rate,
+        lr=0.0,
         betas=settings.betas,
         eps=settings.eps,
         fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    # ZeRO-3, and fp16 without ZeRO, have taken a step on zero gradients to allocate the optimizer's state. With a
+    # learning rate of 0 it changed no weight; Adam's bias correction must not count it either.
+    for state in optimizer.state.values():
+        state["step"].zero_()
     return engine
+
+
+def optimizer_of(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimizer, or DeepSpeed's wrapper around it, which has parameter groups too."""
+    return cast(torch.optim.Optimizer, engine.optimizer)
 
 
 def zero_stage(config: dict[str, Any]) -> int:

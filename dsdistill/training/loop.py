@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
 
 from dsdistill.config.recipe import Recipe
-from dsdistill.core import Batch, Features
+from dsdistill.core import NOTHING, Batch, Features
 from dsdistill.training.dist import Place
+from dsdistill.training.engine import optimizer_of
 from dsdistill.training.schedule import learning_rate
 from dsdistill.training.telemetry import LossSums, Telemetry
 
@@ -83,13 +83,13 @@ def train_step(stage: Stage, batches: Iterator[Batch], step: int, *, measure: bo
     """
     engine, watch = stage.engine, stage.telemetry.stopwatch
     tokens, norm = 0, 0.0
-    for group in engine.optimizer.param_groups:
+    for group in optimizer_of(engine).param_groups:
         group["lr"] = learning_rate(step, stage.recipe.optimization)
     for micro_step in range(engine.gradient_accumulation_steps()):
         with watch.part("data"):
             batch = next(batches).to(stage.place.device)
         with watch.part("teacher"):
-            teacher = stage.teacher(batch) if stage.teacher is not None else None
+            teacher = stage.teacher(batch) if stage.teacher is not None else NOTHING
         with watch.part("student"):
             seed_dropout(stage.recipe.seed, step, micro_step, stage.place.rank)
             losses = engine(batch, teacher, step)
@@ -110,7 +110,7 @@ def plain_gradient_norm(engine: DeepSpeedEngine) -> float | None:
     """Norm of the reduced gradients before the step, in float32 without ZeRO; other optimizers tell it themselves."""
     if not isinstance(engine.optimizer, torch.optim.Optimizer):
         return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    gradients = [p.grad for p in engine.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients))  # sync
 
 
@@ -143,16 +143,6 @@ def evaluate(
     engine.eval()
     for batch in batches:
         batch = batch.to(place.device)
-        sums.add(engine(batch, teacher(batch) if teacher is not None else None, step), step)
+        sums.add(engine(batch, teacher(batch) if teacher is not None else NOTHING, step), step)
     engine.train()
     return sums.read()
-
-
-def describe_engine(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """What DeepSpeed made of the configuration, for the run's record."""
-    return {
-        "zero_stage": engine.zero_optimization_stage(),
-        "micro_batch": engine.train_micro_batch_size_per_gpu(),
-        "gradient_accumulation": engine.gradient_accumulation_steps(),
-        "optimizer": type(engine.optimizer).__name__,
-    }

@@ -1,10 +1,10 @@
 """What a run leaves on disk and how the next attempt finds its place in it.
 
-    recipe.yaml, ds_config.json, run.json   as resolved, with versions and command
-    metrics.jsonl, tensorboard/             what telemetry wrote
-    skeleton/                               student's config and tokenizer
-    checkpoints/step-*/                     see `checkpoint.py`
-    model/                                  the exported student
+recipe.yaml, ds_config.json, run.json   as resolved, with versions and command
+metrics.jsonl, tensorboard/             what telemetry wrote
+skeleton/                               student's config and tokenizer
+checkpoints/step-*/                     see `checkpoint.py`
+model/                                  the exported student
 """
 
 from __future__ import annotations
@@ -56,12 +56,6 @@ def state_of(step: int, recipe: Recipe, config: dict[str, Any], place: Place) ->
 def step_of(checkpoint: Path) -> int:
     """Steps done when a checkpoint was written."""
     return read_state(checkpoint)["step"]
-
-
-def is_finished(directory: Path, recipe: Recipe) -> bool:
-    """Whether the last checkpoint is that of the last step."""
-    found = whole_checkpoints(directory / CHECKPOINTS)
-    return bool(found) and step_of(found[-1]) == recipe.optimization.steps
 
 
 def enter(
@@ -123,7 +117,11 @@ def choose_checkpoint(
             f"{checkpoint} belongs to another recipe ({_difference(directory, recipe)}); set another `output`, or "
             "use --resume never, which moves the earlier run aside"
         )
-    for key, what in (("world_size", "process(es)"), ("zero_stage", "as ZeRO stage"), ("micro_batch", "row(s) at once")):
+    for key, what in (
+        ("world_size", "process(es)"),
+        ("zero_stage", "as ZeRO stage"),
+        ("micro_batch", "row(s) at once"),
+    ):
         if saved[key] != now[key]:
             raise ValueError(
                 f"{checkpoint} was saved with {saved[key]} {what}, this run has {now[key]}; resume it as it was started"

@@ -50,7 +50,7 @@ class Stopwatch:
 
     def read(self) -> dict[str, float]:
         """Seconds per part since the last reading; on a GPU only after a sync."""
-        totals = dict.fromkeys(PARTS, 0.0)
+        totals: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for name, start, end in self.spans:
             totals[name] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
         self.spans.clear()

@@ -1,0 +1,138 @@
+"""What the worker processes of `test_engine.py` do; each sweeps ZeRO stages within one start."""
+
+import itertools
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import dsdistill.pretrain as pretrain
+from dsdistill.config.recipe import Recipe, check_recipe
+from dsdistill.core import Batch
+from dsdistill.models.families import shape_of
+from dsdistill.pretrain import build_models, capture_student, distil, make_plan, open_corpus
+from dsdistill.training.dist import find_place, gather_rows
+from dsdistill.training.distiller import Distiller
+from dsdistill.training.engine import full_weights, parameter_groups, start_engine, start_processes
+from dsdistill.training.run_directory import CHECKPOINTS
+from dsdistill.training.schedule import learning_rate
+
+STAGES = (0, 1, 2, 3)
+
+
+def ds_json(stage: int) -> dict:
+    return {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
+
+
+def make_distiller(recipe: Recipe, stage: int, place):
+    plan = make_plan(recipe, ds_json(stage), place, 32)
+    student, teacher = build_models(plan, place)
+    distiller = Distiller(
+        capture_student(student, plan),
+        plan.terms,
+        shape=shape_of(plan.student_config),
+        teacher=shape_of(plan.teacher_config),
+        num_examples=10,
+        gather=gather_rows,
+        seed=5,
+    )
+    return distiller, teacher, plan
+
+
+def rows(step: int, start: int, stop: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(5, 60, (8, 16), generator=generator)[start:stop]
+    return Batch(input_ids=ids, mask=torch.ones_like(ids, dtype=torch.bool), sample_ids=torch.arange(start, stop))
+
+
+def check_parity(content: dict) -> None:
+    """A few steps at every ZeRO stage equal plain PyTorch on the same global batch."""
+    place = find_place()
+    start_processes(place)
+    content["student"]["dropout"] = 0.0
+    content["objectives"] = [term for term in content["objectives"] if term["objective"] != "mlm"]
+    recipe = check_recipe(content, "test")
+    distiller, teacher, _ = make_distiller(recipe, 0, place)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(distiller, 0.01), lr=0.0, betas=(0.9, 0.999), eps=recipe.optimization.eps
+    )
+    reached = []
+    for step in range(4):
+        batch = rows(step, 0, 8)
+        distiller(batch, teacher(batch), step).total.backward()
+        reached = [name for name, p in distiller.named_parameters() if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(distiller.parameters(), recipe.optimization.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe.optimization)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = {n: p.detach().clone() for n, p in distiller.named_parameters()}
+    for stage in STAGES:
+        sharded, teacher, plan = make_distiller(recipe, stage, place)
+        for name, parameter in sharded.named_parameters():
+            parameter.requires_grad_(name in reached)
+        before = teacher.checksum()
+        engine = start_engine(sharded, recipe.optimization, plan.engine_config, place)
+        for step in range(4):
+            for micro in range(engine.gradient_accumulation_steps()):
+                first = micro * 2 * place.world_size + place.rank * 2
+                batch = rows(step, first, first + 2)
+                for group in engine.optimizer.param_groups:
+                    group["lr"] = learning_rate(step, recipe.optimization)
+                engine.backward(engine(batch, teacher(batch), step).total)
+                engine.step()
+        weights = full_weights(engine, sharded)
+        assert teacher.checksum() == before
+        assert not any(m.training for m in teacher.captured.modules())
+        if place.is_first:
+            for name, value in expected.items():
+                torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=2e-6, msg=f"stage {stage}: {name}")
+
+
+class KilledError(Exception):
+    pass
+
+
+def stop_after(batches: int):
+    """Make the data source fail after some micro-batches, as a kill would stop the run."""
+    plain = pretrain.train_batches
+
+    def failing(*args, **kwargs):
+        yield from itertools.islice(plain(*args, **kwargs, num_workers=0), batches)
+        raise KilledError
+
+    return failing
+
+
+def check_resume(content: dict) -> None:
+    """Six steps equal four, a stop, and three more from the checkpoint at three: bit for bit."""
+    place = find_place()
+    start_processes(place)
+    output = Path(content["output"])
+    plain = pretrain.train_batches
+    for stage in STAGES:
+        results = []
+        for kind in ("unbroken", "broken"):
+            recipe = check_recipe({**content, "output": str(output / f"{kind}-{stage}")}, "test")
+            plan = make_plan(recipe, ds_json(stage), place, 32)
+            opened = open_corpus(recipe, plan, place)
+            if kind == "broken":
+                pretrain.train_batches = stop_after(4 * 8 // (2 * place.world_size))
+                try:
+                    distil(plan, *opened, place, "auto")
+                except KilledError:
+                    pass
+                else:
+                    raise AssertionError("the run was meant to stop")
+                pretrain.train_batches = plain
+            distil(plan, *opened, place, "auto")
+            results.append(recipe.output)
+        if place.is_first:
+            compare(*results)
+
+
+def compare(one: Path, other: Path) -> None:
+    weights = [load_file(run / CHECKPOINTS / "step-00000006" / "student.safetensors") for run in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), f"{one.name}: {name} differs after the resume"

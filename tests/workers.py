@@ -1,0 +1,60 @@
+"""Real processes for tests: `run_workers` starts N of them on this machine, each calls one function."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from dsdistill.training.dist import _free_port
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment(rank: int, world_size: int, port: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def start(command: list[str], world_size: int) -> list[subprocess.Popen]:
+    """Start one process per rank, output kept."""
+    port = _free_port()
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(rank, world_size, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def wait(processes: list[subprocess.Popen], timeout: float = 280) -> str:
+    """All output; fails unless every process ended well."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert not any(codes), f"exit codes {codes}\n" + "\n".join(output[-4000:] for output in outputs)
+    return "\n".join(outputs)
+
+
+def run_workers(function: str, world_size: int, **arguments: Any) -> str:
+    """Call `module:function(**arguments)` in `world_size` processes that can reach each other."""
+    return wait(start([sys.executable, "-m", "tests.workers", function, json.dumps(arguments)], world_size))
+
+
+if __name__ == "__main__":
+    module, name = sys.argv[1].split(":")
+    getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
