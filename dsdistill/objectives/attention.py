@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from dsdistill.core import Batch, Features, LayerPairs, ModelShape
+from dsdistill.objectives.chunks import sum_over_rows
 from dsdistill.objectives.mapping import check_attention_layers
 from dsdistill.objectives.numerics import (
     Reduction,
     counted,
     divergence_rows,
     inner_products,
-    masked_mean,
     over_pairs,
     zero_outside,
 )
@@ -62,12 +62,15 @@ def attention_kl(
     Raises:
         ValueError: If the numbers of heads differ.
     """
-    check_head_counts(student_query.shape[1], teacher_query.shape[1])
+
+    def summed(student: Tensor, teacher: Tensor, allowed: Tensor) -> Tensor:
+        return divergence_rows(student, teacher, allowed).sum()
+
+    tensors = (student_query, student_key, teacher_query, teacher_key)
     queries = counted(mask, reduction)
     allowed = allowed_pairs(queries, mask, segments, window)
-    student = attention_scores(student_query, student_key, queries, mask, student_scaling)
-    teacher = attention_scores(teacher_query.detach(), teacher_key.detach(), queries, mask, teacher_scaling)
-    return masked_mean(divergence_rows(student, teacher, allowed).mean(1), queries)
+    total = _sum_over_maps(summed, tensors, queries, mask, allowed, student_scaling, teacher_scaling)
+    return total / (queries.sum() * student_query.shape[1]).clamp(min=1)
 
 
 def attention_mse(
@@ -107,15 +110,38 @@ def attention_mse(
     Raises:
         ValueError: If the numbers of heads differ.
     """
-    check_head_counts(student_query.shape[1], teacher_query.shape[1])
+
+    def summed(student: Tensor, teacher: Tensor, allowed: Tensor) -> Tensor:
+        return zero_outside(student - teacher, allowed).square().sum()
+
+    tensors = (student_query, student_key, teacher_query, teacher_key)
     queries = counted(mask, reduction)
     allowed = allowed_pairs(queries, mask, segments, window)
-    student = attention_scores(student_query, student_key, queries, mask, student_scaling)
-    teacher = attention_scores(teacher_query.detach(), teacher_key.detach(), queries, mask, teacher_scaling)
-    squares = zero_outside((student - teacher).square(), allowed)
-    if reduction == "study":
-        return squares.mean()
-    return squares.sum() / (allowed.sum() * student.shape[1]).clamp(min=1)
+    total = _sum_over_maps(summed, tensors, queries, mask, allowed, student_scaling, teacher_scaling)
+    places = allowed.numel() if reduction == "study" else allowed.sum().clamp(min=1)
+    return total / (places * student_query.shape[1])
+
+
+def _sum_over_maps(
+    compare: Callable[[Tensor, Tensor, Tensor], Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    queries: Tensor,
+    keys: Tensor,
+    allowed: Tensor,
+    student_scaling: float,
+    teacher_scaling: float,
+) -> Tensor:
+    """Sum of `compare(student scores, teacher scores, allowed)` over the batch, a few rows at a time."""
+    student_query, student_key, teacher_query, teacher_key = tensors
+    check_head_counts(student_query.shape[1], teacher_query.shape[1])
+
+    def chunk(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, queries: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
+        student = attention_scores(sq, sk, queries, keys, student_scaling)
+        return compare(student, attention_scores(tq, tk, queries, keys, teacher_scaling), allowed)
+
+    _, H, L, _ = student_query.shape
+    constants = (teacher_query.detach(), teacher_key.detach(), queries, keys, allowed)
+    return sum_over_rows(chunk, student_query, student_key, *constants, elements_per_row=H * L * L)
 
 
 def equal_heads(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, **_: object) -> None:

@@ -13,17 +13,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dsdistill.core import IGNORED_LABEL, Batch, Features, LayerPairs, ModelShape
+from dsdistill.objectives.chunks import sum_over_rows
 from dsdistill.objectives.numerics import check_same_shape, promote
 from dsdistill.objectives.registry import objective
 
 Divergence = Literal["forward", "reverse", "jsd", "mse"]
 Problem = Literal["classification", "regression", "multi_label"]
-
-CHUNK_ELEMENTS = 2**24
-"""Logits handled at once: 64 MB in float32; 549 positions of BERT's vocabulary."""
 
 
 def soft_cross_entropy(student_NC: Tensor, teacher_NC: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -94,9 +91,10 @@ def token_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """
 
     def rows(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(promote(logits), labels, ignore_index=IGNORED_LABEL, reduction="none")
+        return F.cross_entropy(promote(logits), labels, ignore_index=IGNORED_LABEL, reduction="sum")
 
-    return _sum_over_rows(rows, logits_NV, labels_N) / (labels_N != IGNORED_LABEL).sum().clamp(min=1)
+    total = sum_over_rows(rows, logits_NV, labels_N, elements_per_row=logits_NV.shape[1], recompute=True)
+    return total / (labels_N != IGNORED_LABEL).sum().clamp(min=1)
 
 
 def _soft(
@@ -109,9 +107,10 @@ def _soft(
 
     def softened(student: Tensor, teacher: Tensor) -> Tensor:
         student_log = torch.log_softmax(promote(student) / temperature, dim=-1)
-        return rows(student_log, torch.log_softmax(promote(teacher) / temperature, dim=-1))
+        return rows(student_log, torch.log_softmax(promote(teacher) / temperature, dim=-1)).sum()
 
-    total = _sum_over_rows(softened, student_NC, teacher_NC.detach())
+    width = student_NC.shape[1]
+    total = sum_over_rows(softened, student_NC, teacher_NC.detach(), elements_per_row=width, recompute=True)
     return total * (temperature**2 / max(len(student_NC), 1))
 
 
@@ -133,23 +132,6 @@ def _jsd_rows(beta: float) -> Callable[[Tensor, Tensor], Tensor]:
         return beta * _forward_rows(mixture_log, teacher_log) + (1 - beta) * _forward_rows(mixture_log, student_log)
 
     return rows
-
-
-def _sum_over_rows(rows: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Sum of `rows(*tensors)` over dimension 0; in chunks, recomputed in backward, when there are many logits.
-
-    `split` rather than slices: its backward joins the chunks' gradients once, in the type of the logits.
-    """
-    size = max(1, CHUNK_ELEMENTS // tensors[0].shape[1])
-    if len(tensors[0]) <= size:
-        return rows(*tensors).sum()
-
-    def chunk_sum(*chunk: Tensor) -> Tensor:
-        return rows(*chunk).sum()
-
-    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    sums = [checkpoint(chunk_sum, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(sums).sum()
 
 
 def _check_kd(

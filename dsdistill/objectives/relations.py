@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dsdistill.core import Batch, Features, LayerPairs, ModelShape, Signal
 from dsdistill.objectives.attention import att_kl, equal_heads
+from dsdistill.objectives.chunks import sum_over_rows
 from dsdistill.objectives.mapping import check_attention_layers
 from dsdistill.objectives.numerics import (
     Reduction,
     counted,
     divergence_rows,
     inner_products,
-    masked_mean,
     over_pairs,
     zero_outside,
 )
@@ -68,24 +68,30 @@ def relation_kl(
     allowed = real[:, :, None] & real[:, None, :]
     if segments is not None:
         allowed = allowed & (segments[:, :, None] == segments[:, None, :])
-    ours = _relations(student, student if student_other is None else student_other, real, relation_heads)
-    theirs = _relations(teacher, teacher if teacher_other is None else teacher_other, real, relation_heads).detach()
-    return masked_mean(divergence_rows(ours, theirs, allowed[:, None]).mean(1), real)
+    check_divides(relation_heads, student.shape[1] * student.shape[3])
+    check_divides(relation_heads, teacher.shape[1] * teacher.shape[3])
+
+    def chunk(left: Tensor, right: Tensor, left_t: Tensor, right_t: Tensor, real: Tensor, allowed: Tensor) -> Tensor:
+        ours = _relations(left, right, real, relation_heads)
+        return divergence_rows(ours, _relations(left_t, right_t, real, relation_heads), allowed).sum()
+
+    factors = (student, student if student_other is None else student_other)
+    constants = (teacher.detach(), (teacher if teacher_other is None else teacher_other).detach())
+    size = relation_heads * mask.shape[1] ** 2
+    total = sum_over_rows(chunk, *factors, *constants, real, allowed[:, None], elements_per_row=size)
+    return total / (real.sum() * relation_heads).clamp(min=1)
 
 
 def _relations(left_BHLD: Tensor, right_BHLD: Tensor, real_BL: Tensor, relation_heads: int) -> Tensor:
     """Scaled products (B, R, L, L) with nothing from padding in them."""
     left_BRLD = _regroup(zero_outside(left_BHLD, real_BL[:, None, :, None]), relation_heads)
-    right_BRLD = left_BRLD
-    if right_BHLD is not left_BHLD:
-        right_BRLD = _regroup(zero_outside(right_BHLD, real_BL[:, None, :, None]), relation_heads)
+    right_BRLD = _regroup(zero_outside(right_BHLD, real_BL[:, None, :, None]), relation_heads)
     return inner_products(left_BRLD, right_BRLD, left_BRLD.shape[-1] ** -0.5)
 
 
 def _regroup(tensor_BHLD: Tensor, relation_heads: int) -> Tensor:
     """Merge heads to the width, then split it into relation heads: (B, H, L, D) -> (B, R, L, E / R)."""
     B, H, L, D = tensor_BHLD.shape
-    check_divides(relation_heads, H * D)
     merged_BLE = tensor_BHLD.transpose(1, 2).reshape(B, L, H * D)
     return merged_BLE.view(B, L, relation_heads, -1).transpose(1, 2)
 

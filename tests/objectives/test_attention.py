@@ -1,5 +1,6 @@
 """Attention maps and relations on plain tensors: windows, documents, grouped keys, refusals, and very many rows."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsdistill.objectives import attention_kl, attention_mse, find_objective, relation_kl
+from dsdistill.objectives import attention, attention_kl, attention_mse, chunks, find_objective, relation_kl, relations
 from dsdistill.objectives.numerics import inner_products
 from tests import oracles
 from tests.objectives.worlds import OTHER_HEADS, PAIRS, STUDENT, TEACHER, make_world, shape, terms
@@ -89,6 +90,33 @@ def test_any_shape_agrees_with_the_oracle(lengths, heads, regrouped, widths, win
     got = relation_kl(student[0], teacher[0], mask, relation_heads=regrouped * heads)
     expected = oracles.relation_kl(values[0], values[2], mask.tolist(), regrouped * heads)
     torch.testing.assert_close(got.item(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("function", [attention_kl, attention_mse, relation_kl])
+def test_a_few_rows_at_a_time_give_the_same_value_and_gradient(maps, function, recompute, monkeypatch):
+    tensors = [x.requires_grad_() for x in maps]
+
+    def value_and_gradients():
+        if function is relation_kl:
+            first, options = [tensors[0], tensors[2]], {"relation_heads": 1, "segments": SEGMENTS}
+        else:
+            first, options = tensors, {**SCALES, "segments": SEGMENTS, "window": 2}
+        value = function(*first, MASK, **options)
+        return value, torch.autograd.grad(value, tensors[:1])
+
+    whole = value_and_gradients()
+    calls = []
+    original = chunks.checkpoint
+    monkeypatch.setattr(chunks, "checkpoint", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", 1)
+    monkeypatch.setattr(chunks, "GPU_ELEMENTS", 1)
+    if recompute:
+        always = functools.partial(chunks.sum_over_rows, recompute=True)
+        monkeypatch.setattr(attention, "sum_over_rows", always)
+        monkeypatch.setattr(relations, "sum_over_rows", always)
+    torch.testing.assert_close(value_and_gradients(), whole, rtol=1e-12, atol=1e-12)
+    assert len(calls) == (3 if recompute else 0)
 
 
 def test_strided_signals_are_read_right():

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsdistill.core import LayerPairs
-from dsdistill.objectives import find_objective, logits, soft_cross_entropy, soft_divergence, token_cross_entropy
+from dsdistill.objectives import chunks, find_objective, soft_cross_entropy, soft_divergence, token_cross_entropy
 from tests import oracles
 from tests.objectives.worlds import PAIRS, STUDENT, TEACHER, make_world, terms
 
@@ -34,7 +34,7 @@ def losses(student, teacher):
 def test_chunks_change_neither_value_nor_gradient(rows, monkeypatch):
     student, teacher = random(0).requires_grad_(), random(1)
     whole = losses(student, teacher)
-    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", rows * V)
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", rows * V)
     for one, other in zip(whole, losses(student, teacher), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
         gradients = [torch.autograd.grad(loss * 3, student)[0] for loss in (one, other)]
@@ -56,7 +56,7 @@ class LargestFloat32(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_all_logits_never_exist_in_float32(dtype, monkeypatch):
-    monkeypatch.setattr(logits, "CHUNK_ELEMENTS", 8 * V)
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", 8 * V)
     student, teacher = random(0, dtype).requires_grad_(), random(1, dtype)
     with LargestFloat32() as seen:
         total = torch.stack(losses(student, teacher)).sum() * 1024
