@@ -98,14 +98,15 @@ class ContrastHead(nn.Module):
     @torch.no_grad()
     def remember(self, sample_ids: Tensor, teacher: Tensor, labels: Tensor | None, momentum: float) -> None:
         """Move the bank towards these rows of all ranks (G, W); ids < 0 are skipped, of equal ids the first counts."""
-        rows = sample_ids.clamp(min=0)
-        first = (rows[:, None] == rows[None]).int().argmax(1)
-        real = (sample_ids >= 0)[first]
+        real = sample_ids >= 0
+        rows = torch.where(real, sample_ids, sample_ids.max()).clamp(min=0)
+        first = ((rows[:, None] == rows) & real).int().argmax(1)  # equal rows write equal values, in whatever order
+        known = real[first]
         old = self.bank[rows]
         new = unit_length(momentum * old.to(teacher.dtype) + (1 - momentum) * teacher[first]).to(old.dtype)
-        self.bank[rows] = torch.where(real[:, None], new, old)
+        self.bank[rows] = torch.where(known[:, None], new, old)
         if labels is not None:
-            self.labels[rows] = torch.where(real, labels[first], self.labels[rows])
+            self.labels[rows] = torch.where(known, labels[first], self.labels[rows])
         self.step += 1
 
 
@@ -169,9 +170,9 @@ def hid_contrast(
     """The student's representation of a row against the teacher's of the same row and of other rows.
 
     Each model's chosen layers are pooled, laid side by side and mapped to `width`. Negatives are the other rows of all
-    ranks, or `num_negatives` rows of a memory bank (numbered by `Batch.sample_ids`) that only training moves; with
-    `other_labels` only rows of another label count. The value depends on how the data is cut into batches; it does not
-    depend on how a global batch is spread over ranks.
+    ranks, or `num_negatives` rows of a memory bank (numbered by `Batch.sample_ids`); with `other_labels` only rows of
+    another label count. The bank moves after every micro-batch of training, by the rows of all ranks, and never in
+    evaluation. The value depends on how the data is cut into micro-batches, not on how one is spread over ranks.
     """
     if not isinstance(head, ContrastHead):
         raise ValueError("hid_contrast needs its head; make it with Objective.make_head")

@@ -29,7 +29,7 @@ def inner_products(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
 
 def zero_outside(tensor: Tensor, mask: Tensor) -> Tensor:
     """Zeros where `mask` is False, whatever stood there (NaN included); no gradient reaches those places."""
-    return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+    return torch.where(mask, tensor, 0.0)
 
 
 def masked_log_softmax(scores: Tensor, allowed: Tensor) -> Tensor:

@@ -199,6 +199,17 @@ def test_extreme_scores_are_finite(reach, dtype):
         torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_padding_gets_no_probability_however_low_the_real_scores_are(dtype):
+    tensors = [(1 + random(1, 2, 6, 16, seed=i).abs()).to(dtype) for i in range(4)]
+    tensors[0], tensors[2] = -20 * tensors[0], -20 * tensors[2]
+    assert (tensors[0] @ tensors[1].transpose(-1, -2)).max() < -300
+    scales = {"student_scaling": 1.0, "teacher_scaling": 1.0}
+    padded = attention_kl(*tensors, MASK[1:2], **scales)
+    cut = attention_kl(*(x[:, :, :4] for x in tensors), MASK[1:2, :4], **scales)
+    torch.testing.assert_close(padded, cut, rtol=1e-6, atol=0)
+
+
 def test_products_stay_exact_under_autocast():
     x = random(4, 8, seed=0, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -81,13 +81,26 @@ def test_rows_of_padding_do_not_enter_the_bank():
     assert moved.tolist() == [world.batch.sample_ids[0]]
 
 
-def test_of_equal_rows_the_first_enters_the_bank(world):
-    twice = bank_head()
-    twice.bank.zero_()
+@pytest.mark.parametrize(
+    ("ids", "written"),
+    [
+        ([2, 5, 2], {2: 0, 5: 1}),
+        ([-1, 5, 0], {5: 1, 0: 2}),
+        ([-1, 0, 0], {0: 1}),
+        ([4, -1, -1], {4: 0}),
+        ([-1, -1, -1], {}),
+    ],
+)
+def test_of_equal_rows_the_first_enters_the_bank_and_padding_never(ids, written):
+    head = bank_head()
+    head.bank.zero_()
     rows = torch.nn.functional.normalize(torch.randn(3, 5), dim=1)
-    twice.remember(torch.tensor([2, 5, 2]), rows, torch.tensor([1, 2, 3]), momentum=0.5)
-    torch.testing.assert_close(twice.bank[[2, 5]], rows[:2])
-    assert twice.labels[[2, 5, 0]].tolist() == [1, 2, -1]
+    head.remember(torch.tensor(ids), rows, torch.tensor([1, 2, 3]), momentum=0.5)
+    bank, labels = torch.zeros(50, 5), torch.full((50,), -1)
+    for row, source in written.items():
+        bank[row], labels[row] = rows[source], source + 1
+    torch.testing.assert_close(head.bank, bank)
+    assert torch.equal(head.labels, labels)
 
 
 def test_the_bank_is_saved_and_not_trained(world):
