@@ -96,7 +96,7 @@ def with_garbage(world: World, extra: int, garbage: float) -> World:
 
 
 @every_case
-@pytest.mark.parametrize("garbage", [0.0, 1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
 def test_padding_changes_neither_value_nor_gradient(case: Case, garbage):
     world = build(case)
     spoiled = with_garbage(world, extra=3, garbage=garbage)
