@@ -22,6 +22,7 @@ from dsdistill.corpus.settings import CorpusSettings
 from dsdistill.corpus.store import Corpus
 
 BAD_INPUT = 2
+INTERRUPTED = 130
 
 
 def main() -> int:
@@ -39,6 +40,9 @@ def main() -> int:
         return _refuse("; ".join(problems))
     except (ValueError, OSError) as error:
         return _refuse(str(error))
+    except KeyboardInterrupt:
+        print("prepare_corpus: interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -13,12 +13,14 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 
 
 def mix64(x: UInt64) -> UInt64:
-    """Splitmix64's finaliser (Steele et al. 2014) of `x` plus the golden ratio; a bijection of 64-bit numbers."""
-    with np.errstate(over="ignore"):
-        x = x + _GOLDEN
-        x = (x ^ (x >> np.uint64(30))) * _FIRST
-        x = (x ^ (x >> np.uint64(27))) * _SECOND
-        return x ^ (x >> np.uint64(31))
+    """Splitmix64's finaliser (Steele et al. 2014) of `x` plus the golden ratio; a bijection of 64-bit numbers.
+
+    Products wrap around, silently as long as `x` has a dimension.
+    """
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * _FIRST
+    x = (x ^ (x >> np.uint64(27))) * _SECOND
+    return x ^ (x >> np.uint64(31))
 
 
 def hash64(*parts: int | NDArray) -> UInt64:

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from filelock import FileLock
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from dsdistill.corpus.files import sha256_of, write_arrow, write_text
+from dsdistill.corpus.files import write_text
 from dsdistill.corpus.lines import Meter
 from dsdistill.corpus.manifest import (
     MANIFEST_NAME,
@@ -31,8 +29,10 @@ from dsdistill.corpus.manifest import (
     read_manifest,
     write_manifest,
 )
-from dsdistill.corpus.packing import RowBuilder, Rows, Shape
+from dsdistill.corpus.packing import RowBuilder, Shape
+from dsdistill.corpus.progress import Progress
 from dsdistill.corpus.settings import CorpusSettings
+from dsdistill.corpus.shards import write_shard
 from dsdistill.corpus.sources import Source, find_sources, read_documents, text_hash
 from dsdistill.corpus.tokenizing import (
     load_tokenizer,
@@ -157,15 +157,17 @@ class _Preparation:
         if differences:
             raise ValueError(
                 f"{self.directory}: holds {what} of another request (other: {', '.join(differences)}); "
-                "choose another output directory, or overwrite it"
+                "choose another output directory, or overwrite this one (--overwrite)"
             )
 
     def run(self, *, progress: bool) -> None:
         """Read, tokenize, pack and write all that is not there yet, then the manifest."""
+        for path in self.directory.glob("*.tmp"):
+            path.unlink()
         digests, finished = self._restore()
         processes = self.settings.processes or len(os.sched_getaffinity(0))
         with (
-            _Progress(self.settings, self.sources, shown=progress) as bar,
+            Progress(self.settings, self.sources, shown=progress) as bar,
             TokenizerPool(self.backend, processes) as pool,
         ):
             digest = hashlib.sha256()
@@ -209,7 +211,7 @@ class _Preparation:
         if before != now:
             raise ValueError(
                 f"{self.directory}: the input has changed since the interrupted preparation (part {part}); "
-                "start anew by overwriting"
+                "start anew by overwriting (--overwrite)"
             )
 
     def _add(self, chunk: _Chunk, tokens: Tokens) -> None:
@@ -230,7 +232,7 @@ class _Preparation:
             rows = self.builders[split].cut(final=chunk.final)
             if len(rows):
                 self.tokens[split] += len(rows.ids)
-                self.shards[split].append(_write_shard(self.directory / f"{split}-{chunk.part:05d}.arrow", rows))
+                self.shards[split].append(write_shard(self.directory / f"{split}-{chunk.part:05d}.arrow", rows))
         state = {
             "request": self.request,
             "digest": digest,
@@ -276,8 +278,8 @@ class _Preparation:
         if splits["train"].rows == 0:
             raise ValueError(f"{', '.join(self.settings.input)}: too little text for a single row")
         manifest = Manifest(**self.request, length=self.settings.length, splits=splits)
-        write_manifest(self.directory, manifest)
         check_shards(self.directory, manifest, verify=False)
+        write_manifest(self.directory, manifest)
         for path in self.directory.glob("part-*.json"):
             path.unlink()
 
@@ -302,38 +304,3 @@ def _shape(settings: CorpusSettings, backend: Tokenizer, record: TokenizerRecord
         sentence_end=sentence_end,
         dtype=np.uint16 if record.vocab_size <= 2**16 else np.int32,
     )
-
-
-def _write_shard(path: Path, rows: Rows) -> ShardRecord:
-    offsets = pa.array(rows.offsets)
-    columns: dict[str, pa.Array] = {"input_ids": pa.ListArray.from_arrays(offsets, pa.array(rows.ids))}
-    if rows.segments is not None:
-        columns["segments"] = pa.ListArray.from_arrays(offsets, pa.array(rows.segments))
-    if rows.seconds is not None:
-        columns["second_start"] = pa.array(rows.seconds)
-    write_arrow(path, pa.RecordBatch.from_pydict(columns))
-    return ShardRecord(file=path.name, rows=len(rows), bytes=path.stat().st_size, sha256=sha256_of(path))
-
-
-class _Progress:
-    """Progress bar with rate and remaining time: over documents if their number is limited, else over input bytes."""
-
-    def __init__(self, settings: CorpusSettings, sources: list[Source], *, shown: bool) -> None:
-        sizes = [source.num_bytes for source in sources]
-        self._by_documents = settings.max_documents is not None or not all(sizes)
-        total = settings.max_documents if self._by_documents else sum(sizes)
-        unit = "doc" if self._by_documents else "B"
-        self._bar = tqdm(total=total, unit=unit, unit_scale=True, desc="preparing corpus", disable=not shown)
-        self._tokens = 0
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, bytes_read: int, documents: int, new_tokens: int) -> None:
-        """Show where the input and the counts stand."""
-        self._tokens += new_tokens
-        self._bar.set_postfix_str(f"{documents:,} documents, {self._tokens / 1e6:.1f} M tokens", refresh=False)
-        self._bar.update((documents if self._by_documents else bytes_read) - self._bar.n)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from dsdistill.corpus.manifest import Manifest, Split, check_shards, read_manifest
+from dsdistill.corpus.shards import Shard, map_shard
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,13 +32,6 @@ class RowArrays(NamedTuple):
     token_type_ids: NDArray[np.int64] | None
 
 
-class _Shard(NamedTuple):
-    ids: NDArray
-    offsets: NDArray[np.int32]
-    segments: NDArray[np.uint16] | None
-    seconds: NDArray[np.int32] | None
-
-
 class Corpus:
     """One split of a finished corpus; opened by `Corpus.open`. Copies sent to other processes map the files anew.
 
@@ -54,7 +47,7 @@ class Corpus:
         self.manifest = manifest
         self._record = manifest.splits[split]
         self._first_rows = np.cumsum([0] + [shard.rows for shard in self._record.shards])
-        self._shards: dict[int, _Shard] = {}
+        self._shards: dict[int, Shard] = {}
 
     @classmethod
     def open(cls, directory: str | Path, split: Split = "train", *, verify: bool = False) -> Corpus:
@@ -132,10 +125,10 @@ class Corpus:
         token_type_ids = None if seconds is None else ((columns >= seconds) & mask).astype(np.int64)
         return RowArrays(input_ids, mask, segments, token_type_ids)
 
-    def _shard(self, index: int) -> _Shard:
+    def _shard(self, index: int) -> Shard:
         """Map a shard at its first use; checked by `open`."""
         if index not in self._shards:
-            self._shards[index] = _map_shard(self.directory / self._record.shards[index].file)
+            self._shards[index] = map_shard(self.directory / self._record.shards[index].file)
         return self._shards[index]
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | Tokenizer) -> None:
@@ -168,19 +161,3 @@ class Corpus:
                 f"{model} has embeddings for {vocab_size} tokens, but {self.directory} was prepared with a tokenizer "
                 f"of {needed} tokens; prepare it with the model's own tokenizer"
             )
-
-
-def _map_shard(path: Path) -> _Shard:
-    try:
-        with pa.memory_map(str(path)) as file:
-            batch = pa.ipc.open_stream(file).read_next_batch()
-    except (pa.ArrowException, OSError, StopIteration) as error:
-        raise ValueError(f"{path}: damaged shard ({error}); prepare the corpus again") from None
-    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-    ids = columns["input_ids"]
-    return _Shard(
-        ids=ids.values.to_numpy(zero_copy_only=True),
-        offsets=ids.offsets.to_numpy(zero_copy_only=True),
-        segments=columns["segments"].values.to_numpy(zero_copy_only=True) if "segments" in columns else None,
-        seconds=columns["second_start"].to_numpy(zero_copy_only=True) if "second_start" in columns else None,
-    )

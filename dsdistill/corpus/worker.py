@@ -106,7 +106,7 @@ class TokenizerPool(Generic[Item]):
         with ThreadPoolExecutor(self._processes, initializer=self._start, initargs=(serialized,)) as threads:
             for item in items:
                 waiting.append((item, threads.submit(self._ask, texts_of(item))))
-                if len(waiting) > self._processes + 2:
+                if len(waiting) >= 2 * self._processes + 4:
                     item, future = waiting.popleft()
                     yield item, future.result()
             for item, future in waiting:

@@ -22,6 +22,7 @@ from dsdistill.corpus.prepare import prepare
 from dsdistill.corpus.settings import CorpusSettings
 from dsdistill.corpus.store import Corpus
 from dsdistill.corpus.tokenizing import plain_backend
+from dsdistill.corpus.worker import TokenizerPool
 from tests.corpus.conftest import make_documents, write_documents
 
 KINDS = ("wordpiece", "byte_level", "unigram")
@@ -358,3 +359,28 @@ def test_changed_input_is_noticed_on_resuming(wordpiece_dir, tmp_path, monkeypat
     with pytest.raises(ValueError, match="input has changed"):
         prepare(settings, progress=False)
     prepare(settings, overwrite=True, progress=False)
+
+
+def test_a_lost_tokenizer_process_is_reported(wordpiece_dir):
+    backend = plain_backend(AutoTokenizer.from_pretrained(wordpiece_dir))
+
+    def items():
+        yield ["walking"]
+        yield ["under"]
+        while not pool._workers:
+            time.sleep(0.01)
+        for worker in pool._workers:
+            worker.kill()
+        yield from (["bridge"] for _ in range(200))
+
+    with TokenizerPool(backend, 2) as pool, pytest.raises(RuntimeError, match="a tokenizer process ended"):
+        list(pool.map(items(), lambda item: item))
+
+
+@pytest.mark.multiprocess
+def test_processes_that_prepare_the_same_corpus_at_once_get_the_same(wordpiece_dir, text_file, tmp_path):
+    arguments = cli_arguments(wordpiece_dir, text_file, tmp_path / "c")
+    processes = [run_cli(*arguments, stdout=subprocess.PIPE) for _ in range(2)]
+    results = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert results[0][0] == results[1][0]
