@@ -37,6 +37,19 @@ class Rows:
         return len(self.offsets) - 1
 
 
+def join_rows(parts: list[Rows]) -> Rows:
+    """One after the other; at least one part."""
+    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+    segments = [part.segments for part in parts if part.segments is not None]
+    seconds = [part.seconds for part in parts if part.seconds is not None]
+    return Rows(
+        ids=np.concatenate([part.ids for part in parts]),
+        segments=np.concatenate(segments) if segments else None,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        seconds=np.concatenate(seconds) if seconds else None,
+    )
+
+
 @dataclass
 class Shape:
     """How rows look: fixed for a corpus."""

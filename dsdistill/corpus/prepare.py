@@ -29,7 +29,7 @@ from dsdistill.corpus.manifest import (
     read_manifest,
     write_manifest,
 )
-from dsdistill.corpus.packing import RowBuilder, Shape
+from dsdistill.corpus.packing import RowBuilder, Rows, Shape, join_rows
 from dsdistill.corpus.progress import Progress
 from dsdistill.corpus.settings import CorpusSettings
 from dsdistill.corpus.shards import write_shard
@@ -115,6 +115,7 @@ class _Preparation:
         }
         shape = _shape(settings, backend, record)
         self.builders: dict[Split, RowBuilder] = {split: RowBuilder(shape) for split in SPLITS}
+        self.rows: dict[Split, list[Rows]] = {split: [] for split in SPLITS}  # of the part in work
         self.documents: dict[Split, int] = dict.fromkeys(SPLITS, 0)
         self.tokens: dict[Split, int] = dict.fromkeys(SPLITS, 0)
         self.shards: dict[Split, list[ShardRecord]] = {split: [] for split in SPLITS}
@@ -148,12 +149,8 @@ class _Preparation:
         return False
 
     def _refuse_other_request(self, found: dict[str, Any], what: str) -> None:
-        differences = [
-            f"{section}.{key}" if isinstance(mine, dict) else section
-            for section, mine in self.request.items()
-            for key in (mine if isinstance(mine, dict) else [""])
-            if (mine[key] if key else mine) != (found[section].get(key) if key else found[section])
-        ]
+        mine, theirs = _flat(self.request), _flat(found)
+        differences = [name for name in mine if mine[name] != theirs.get(name)]
         if differences:
             raise ValueError(
                 f"{self.directory}: holds {what} of another request (other: {', '.join(differences)}); "
@@ -215,7 +212,7 @@ class _Preparation:
             )
 
     def _add(self, chunk: _Chunk, tokens: Tokens) -> None:
-        """Hand the documents of a chunk to their splits."""
+        """Hand the documents of a chunk to their splits, and cut them into rows while the workers are busy."""
         held_out = np.array(chunk.hashes, np.uint64) < np.uint64(self.held_out_below)
         held_out_tokens = np.repeat(held_out, tokens.lengths)
         parts: dict[Split, Tokens] = {
@@ -225,11 +222,13 @@ class _Preparation:
         for split, (ids, lengths) in parts.items():
             self.documents[split] += int((lengths > 0).sum())
             self.builders[split].add(Tokens(ids, lengths))
+            self.rows[split].append(self.builders[split].cut(final=chunk.final))
 
     def _write_part(self, chunk: _Chunk, digest: str) -> None:
         """Write the complete rows of both splits, then the record that makes them count."""
         for split in SPLITS:
-            rows = self.builders[split].cut(final=chunk.final)
+            rows = join_rows(self.rows[split])
+            self.rows[split].clear()
             if len(rows):
                 self.tokens[split] += len(rows.ids)
                 self.shards[split].append(write_shard(self.directory / f"{split}-{chunk.part:05d}.arrow", rows))
@@ -282,6 +281,12 @@ class _Preparation:
         write_manifest(self.directory, manifest)
         for path in self.directory.glob("part-*.json"):
             path.unlink()
+
+
+def _flat(request: dict[str, Any]) -> dict[str, Any]:
+    sections = ("settings", "tokenizer")
+    fields = {f"{section}.{name}": value for section in sections for name, value in request[section].items()}
+    return fields | {"sources": request["sources"]}
 
 
 def _shape(settings: CorpusSettings, backend: Tokenizer, record: TokenizerRecord) -> Shape:
