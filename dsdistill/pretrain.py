@@ -18,7 +18,7 @@ from dsdistill.corpus.prepare import prepare
 from dsdistill.corpus.store import Corpus
 from dsdistill.models.capture import Captured, Wanted
 from dsdistill.models.export import save_skeleton
-from dsdistill.models.families import shape_of
+from dsdistill.models.families import max_length, shape_of
 from dsdistill.models.loading import Source, has_head, load_config, load_encoder, load_tokenizer
 from dsdistill.models.student import build_student, student_config
 from dsdistill.models.teacher import ResidentTeacher
@@ -211,11 +211,11 @@ def open_corpus(recipe: Recipe, plan: Plan, place: Place) -> tuple[Corpus, Corpu
     tokenizer = load_tokenizer(plan.source)
     corpus.check_tokenizer(tokenizer)
     corpus.check_vocabulary(plan.teacher_config.vocab_size, model=plan.source.model)
-    positions = getattr(plan.teacher_config, "max_position_embeddings", corpus.length)
-    if corpus.length > positions:
+    longest = max_length(plan.teacher_config)
+    if longest is not None and corpus.length > longest:
         raise ValueError(
-            f"rows of {recipe.corpus.directory} have {corpus.length} tokens, but {plan.source.model} has {positions} "
-            "positions; prepare the corpus with a smaller length"
+            f"rows of {recipe.corpus.directory} have {corpus.length} tokens, but {plan.source.model} takes {longest}; "
+            "prepare the corpus with a smaller length"
         )
     return corpus, held_out, tokenizer
 

@@ -27,7 +27,7 @@ from dsdistill.training.checkpoint import STUDENT, read_state, verify, whole_che
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
 from dsdistill.training.telemetry import read_metrics
 
-SPEED_ROWS, SPEED_LENGTH, SPEED_REPEATS = 8, 128, 5
+SPEED_ROWS, SPEED_REPEATS = 8, 5
 COSINE_ROWS = 64
 
 
@@ -84,17 +84,15 @@ def size_of(model: PreTrainedModel) -> dict[str, int]:
 
 
 @torch.no_grad()
-def rows_per_second(model: PreTrainedModel) -> float:
-    """Median speed of the encoder on the CPU in float32, 8 rows of 128 tokens at a time."""
+def rows_per_second(model: PreTrainedModel, batch: Batch) -> float:
+    """Median speed of the encoder on the CPU in float32."""
     encoder = encoder_of(model).cpu().float().eval()
-    ids = torch.arange(SPEED_ROWS * SPEED_LENGTH).remainder(shape_of(encoder.config).vocab_size - 1000) + 500
-    ids = ids.remainder(encoder.config.vocab_size).view(SPEED_ROWS, SPEED_LENGTH)
     seconds = []
     for _ in range(SPEED_REPEATS + 1):
         start = time.perf_counter()
-        encoder(input_ids=ids)
+        encoder(input_ids=batch.input_ids, attention_mask=batch.mask)
         seconds.append(time.perf_counter() - start)
-    return SPEED_ROWS / statistics.median(seconds[1:])
+    return len(batch.input_ids) / statistics.median(seconds[1:])
 
 
 @torch.no_grad()
@@ -110,10 +108,10 @@ def mean_cosine(teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch
     return F.cosine_similarity(sentence_embeddings(teacher, batch), sentence_embeddings(student, batch)).mean().item()
 
 
-def held_out_text(recipe: Recipe, tokenizer: Any) -> Batch:
+def held_out_text(recipe: Recipe, tokenizer: Any, rows: int) -> Batch:
     """Some held-out rows without masks."""
     corpus = Corpus.open(recipe.corpus.directory, "held_out")
-    rows = min(COSINE_ROWS, corpus.num_rows)
+    rows = min(rows, corpus.num_rows)
     masker = Masker.from_tokenizer(tokenizer, probability=0.0)
     return next(iter(held_out_batches(corpus, masker, rows=rows, micro_batch=rows, rank=0, world_size=1)))
 
@@ -131,11 +129,12 @@ def summarize(directory: Path) -> str:
     checkpoint = whole_checkpoints(directory / CHECKPOINTS)[-1]
     student = rebuild(directory / SKELETON, load_file(checkpoint / STUDENT))
     layers = initial_layers(recipe.student.init, recipe.student.num_layers, size_of(teacher)["layers"])
+    tokenizer = load_tokenizer(source)
     before, after = held_out_at(directory, 0), held_out_at(directory, -1)
     lines = ["", "objective on held-out text        before      after"]
     lines += [f"  {name:<28} {before.get(name, float('nan')):>10.4f} {value:>10.4f}" for name, value in after.items()]
     if size_of(teacher)["width"] == size_of(student)["width"]:
-        batch = held_out_text(recipe, load_tokenizer(source))
+        batch = held_out_text(recipe, tokenizer, COSINE_ROWS)
         untrained = build_student(teacher, student.config, layers, seed=recipe.seed).eval()
         cosines = [mean_cosine(teacher, model, batch) for model in (untrained, student)]
         lines.append(f"  {'cosine with the teacher':<28} {cosines[0]:>10.4f} {cosines[1]:>10.4f}")
@@ -144,8 +143,10 @@ def summarize(directory: Path) -> str:
         lines.append(f"  {name:<28} {value:>10,} {size_of(student)[name]:>10,}")
     sizes = [4 * size_of(model)["parameters"] / 2**20 for model in (teacher, student)]
     lines.append(f"  {'size in float32, MiB':<28} {sizes[0]:>10.1f} {sizes[1]:>10.1f}")
-    speeds = [rows_per_second(model) for model in (teacher, student)]
-    lines.append(f"  {'rows of 128 tokens/s, CPU':<28} {speeds[0]:>10.1f} {speeds[1]:>10.1f}")
+    batch = held_out_text(recipe, tokenizer, SPEED_ROWS)
+    speeds = [rows_per_second(model, batch) for model in (teacher, student)]
+    what = f"rows of {batch.input_ids.shape[1]} tokens/s, CPU"
+    lines.append(f"  {what:<28} {speeds[0]:>10.1f} {speeds[1]:>10.1f}")
     lines += [
         "",
         f"model        {model_directory}  (AutoModel.from_pretrained loads it)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -34,11 +35,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def quiet_libraries() -> None:
+    """Leave standard error to our own progress and to warnings."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
 def main() -> int:
     """Parse, check, run."""
     arguments = parse_arguments()
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    quiet_libraries()
     from dsdistill.config.deepspeed import read_deepspeed_json
     from dsdistill.config.recipe import read_recipe
     from dsdistill.pretrain import run

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsdistill.training.dist import _free_port
+from dsdistill.training.dist import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,7 +28,7 @@ def environment(rank: int, world_size: int, port: str) -> dict[str, str]:
 
 def start(command: list[str], world_size: int) -> list[subprocess.Popen]:
     """Start one process per rank, output kept."""
-    port = _free_port()
+    port = free_port()
     return [
         subprocess.Popen(
             command,

@@ -57,6 +57,18 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
     return None
 
 
+POSITIONS_AFTER_PADDING = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"})
+"""Families that count positions from `pad_token_id + 1`, so that fewer tokens fit than there are embeddings."""
+
+
+def max_length(config: PreTrainedConfig) -> int | None:
+    """The longest row the model has positions for, or None if it has no such limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in POSITIONS_AFTER_PADDING:
+        return positions - config.pad_token_id - 1
+    return positions
+
+
 def keep_layers(config: PreTrainedConfig, layers: tuple[int, ...]) -> None:
     """Make a config describe a model of just these layers (1..N) of the model it describes now."""
     kinds = getattr(config, "layer_types", None)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -28,6 +27,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import save_file
 from torch import nn
 
+from dsdistill.training.dist import barrier
 from dsdistill.training.engine import full_weights
 
 MANIFEST = "manifest.json"
@@ -68,10 +68,10 @@ def save_checkpoint(
         for leftover in (partial, final):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
+    barrier()
     engine.save_checkpoint(str(partial), tag=ENGINE, client_state={CLIENT: state}, save_latest=False)
     weights = full_weights(engine, student)
-    dist.barrier()
+    barrier()
     if first:
         save_file(weights, partial / STUDENT)
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -80,7 +80,7 @@ def save_checkpoint(
         _sync(directory)
         for old in whole_checkpoints(directory)[:-keep]:
             shutil.rmtree(old)
-    dist.barrier()
+    barrier()
     return final
 
 

@@ -50,7 +50,7 @@ def rendezvous(place: Place) -> dict[str, str]:
         nodes = os.environ.get("SLURM_JOB_NODELIST") if place.world_size > 1 else None
         address = _first_host(nodes) if nodes else "127.0.0.1"
     if port is None:
-        port = str(20000 + int(job) % 10000) if job and place.world_size > 1 else _free_port()
+        port = str(20000 + int(job) % 10000) if job and place.world_size > 1 else free_port()
     return {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),
@@ -65,7 +65,8 @@ def _first_host(nodes: str) -> str:
     return shown.stdout.split()[0]
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
@@ -80,9 +81,6 @@ def gather_rows(tensor: Tensor) -> Tensor:
     return torch.cat(all_gather(tensor))
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Element-wise mean over all ranks; the tensor itself in one process."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

@@ -12,7 +12,7 @@ from deepspeed import DeepSpeedEngine
 from dsdistill.config.recipe import Recipe
 from dsdistill.core import NOTHING, Batch, Features
 from dsdistill.training.dist import Place
-from dsdistill.training.engine import optimizer_of
+from dsdistill.training.engine import backward, optimizer_of
 from dsdistill.training.schedule import learning_rate
 from dsdistill.training.telemetry import LossSums, Telemetry
 
@@ -95,7 +95,7 @@ def train_step(stage: Stage, batches: Iterator[Batch], step: int, *, measure: bo
             losses = engine(batch, teacher, step)
             stage.telemetry.sums.add(losses, step + 1)
         with watch.part("backward"):
-            engine.backward(losses.total)
+            backward(engine, losses.total)
         if measure and engine.is_gradient_accumulation_boundary():
             norm = plain_gradient_norm(engine)
         with watch.part("step"):

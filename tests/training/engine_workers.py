@@ -11,9 +11,10 @@ from dsdistill.config.recipe import Recipe, check_recipe
 from dsdistill.core import Batch
 from dsdistill.models.families import shape_of
 from dsdistill.pretrain import build_models, capture_student, distil, make_plan, open_corpus
+from dsdistill.summary import held_out_at
 from dsdistill.training.dist import find_place, gather_rows
 from dsdistill.training.distiller import Distiller
-from dsdistill.training.engine import full_weights, parameter_groups, start_engine, start_processes
+from dsdistill.training.engine import backward, full_weights, parameter_groups, start_engine, start_processes
 from dsdistill.training.run_directory import CHECKPOINTS
 from dsdistill.training.schedule import learning_rate
 
@@ -79,7 +80,7 @@ def check_parity(content: dict) -> None:
                 batch = rows(step, first, first + 2)
                 for group in engine.optimizer.param_groups:
                     group["lr"] = learning_rate(step, recipe.optimization)
-                engine.backward(engine(batch, teacher(batch), step).total)
+                backward(engine, engine(batch, teacher(batch), step).total)
                 engine.step()
         weights = full_weights(engine, sharded)
         assert teacher.checksum() == before
@@ -136,3 +137,17 @@ def compare(one: Path, other: Path) -> None:
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), f"{one.name}: {name} differs after the resume"
+
+
+def check_fp16_stages(content: dict) -> None:
+    """The held-out objective after a run is the same at every ZeRO stage in fp16."""
+    place = find_place()
+    start_processes(place)
+    output = Path(content["output"])
+    results = []
+    for stage in STAGES:
+        recipe = check_recipe({**content, "output": str(output / str(stage))}, "test")
+        plan = make_plan(recipe, {**ds_json(stage), "fp16": {"enabled": True, "initial_scale_power": 8}}, place, 32)
+        distil(plan, *open_corpus(recipe, plan, place), place, "auto")
+        results.append(held_out_at(recipe.output, -1)["total"])
+    torch.testing.assert_close(results, [results[2]] * len(STAGES), rtol=0.02, atol=0.0)

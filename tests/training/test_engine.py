@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from tests.workers import run_workers
 
@@ -13,3 +14,10 @@ def test_every_zero_stage_on_two_processes_equals_plain_pytorch(recipe_content):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_resumed_run_is_bit_equal_at_every_zero_stage(recipe_content, world_size):
     run_workers(f"{WORKERS}:check_resume", world_size, content=recipe_content)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_fp16_without_zero_learns_as_fast_as_with_it(recipe_content):
+    """DeepSpeed's fp16 optimizer without ZeRO unscales gradients; somebody must have scaled the loss."""
+    run_workers(f"{WORKERS}:check_fp16_stages", 1, content=recipe_content)

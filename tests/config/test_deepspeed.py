@@ -1,0 +1,75 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dsdistill.config.deepspeed import fill_auto, read_deepspeed_json
+from dsdistill.config.recipe import OptimizationSettings
+
+JSONS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+OPTIMIZATION = OptimizationSettings(steps=10, global_batch=24, learning_rate=1e-3, gradient_clipping=0.5)
+
+
+def write(tmp_path, content) -> Path:
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("path", JSONS, ids=lambda p: p.stem)
+def test_shipped_jsons_are_filled_for_deepspeed(path):
+    filled, _ = fill_auto(read_deepspeed_json(path), OPTIMIZATION, world_size=2, device_type="cuda", row_length=128)
+    assert "auto" not in json.dumps(filled)
+    assert filled["train_batch_size"] == 24
+    assert filled["gradient_clipping"] == 0.5
+    assert filled["train_micro_batch_size_per_gpu"] * filled["gradient_accumulation_steps"] * 2 == 24
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"zero_optimizaton": {"stage": 2}}, "did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"stagee": 2}}, "zero_optimization.stagee: unknown key (did you mean 'stage'?)"),
+        ({"zero_optimization": {"stage": 4}}, "must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "offload_optimizer.devise: unknown key"),
+        ({"zero_optimization": 2}, "zero_optimization: must be an object"),
+        ({"fp16": {"enabled": True, "lossscale": 0}}, "fp16.lossscale: unknown key (did you mean 'loss_scale'?)"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer: not set here"),
+        ({"gradient_clipping": 1.0}, "optimization.gradient_clipping"),
+        ({"train_batch_size": 7}, "optimization.global_batch"),
+    ],
+)
+def test_keys_that_deepspeed_would_ignore_or_that_live_elsewhere_are_refused(tmp_path, content, message):
+    with pytest.raises(ValueError, match="problem") as error:
+        read_deepspeed_json(write(tmp_path, content))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")])
+def test_files_that_are_no_json_object_are_refused(tmp_path, content):
+    with pytest.raises(ValueError, match=r"ds\.json"):
+        read_deepspeed_json(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("content", "world_size", "message"),
+    [
+        ({}, 5, "cannot be split over 5 processes"),
+        ({"train_micro_batch_size_per_gpu": 7}, 2, "does not divide the 12 rows"),
+        ({"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 3}, 2, "contradicts global_batch 24"),
+        ({"train_micro_batch_size_per_gpu": "many"}, 2, "'many'"),
+    ],
+)
+def test_batch_arithmetic_that_does_not_come_out_is_refused(content, world_size, message):
+    with pytest.raises(ValueError, match="global_batch") as error:
+        fill_auto(content, OPTIMIZATION, world_size=world_size, device_type="cpu", row_length=128)
+    assert message in str(error.value)
+
+
+def test_a_cpu_trains_in_float32_and_says_so():
+    filled, notes = fill_auto(
+        {"fp16": {"enabled": True}}, OPTIMIZATION, world_size=1, device_type="cpu", row_length=128
+    )
+    assert filled["fp16"] == {"enabled": False}
+    assert sum("float32" in note for note in notes) == 1

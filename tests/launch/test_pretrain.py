@@ -1,0 +1,151 @@
+"""The main job as a person starts it: real launcher, real processes, real kills."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+from dsdistill.training.dist import free_port
+from tests.workers import ROOT, start, wait
+
+SCRIPT = ROOT / "launch" / "pretrain_distill.py"
+JSONS = ROOT / "ds_configs"
+
+
+def command(recipe_file: Path, *more: str, stage: int = 2) -> list[str]:
+    return [str(SCRIPT), "--ds_config", str(JSONS / f"zero{stage}.json"), "--recipe", str(recipe_file), *more]
+
+
+@pytest.mark.multiprocess
+def test_the_deepspeed_command_on_two_processes_leaves_a_whole_run(recipe_file, tmp_path):
+    launcher = Path(sys.executable).with_name("deepspeed")
+    done = subprocess.run(
+        [str(launcher), "--num_accelerators", "2", "--master_port", free_port(), *command(recipe_file)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{launcher.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "objective on held-out text" in done.stdout
+    run = tmp_path / "run"
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    batch = tokenizer(["a great film", "bad"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert AutoModel.from_pretrained(run / "model")(**batch).last_hidden_state.shape[-1] == 32
+        logits = AutoModelForMaskedLM.from_pretrained(run / "model")(**batch).logits
+    assert logits.shape[-1] == len(tokenizer)
+    assert "dsdistill" not in (run / "model" / "config.json").read_text()
+    assert (run / "model" / "README.md").read_text().startswith("---\n")
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
+    check_metrics(run)
+
+
+def check_metrics(run: Path) -> None:
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if e["kind"] == "held_out"] == [0, 3, 6]
+    last = [e for e in entries if e["kind"] == "train"][-1]
+    for tag in (
+        *("loss/total", "loss/minilmv2.query_query", "loss/att_kl", "loss/hid_seq", "loss/mlm"),
+        *("optimization/learning_rate", "optimization/grad_norm", "optimization/loss_scale"),
+        *("optimization/skipped_steps", "throughput/tokens_per_s", "time/data_s", "time/teacher_s"),
+        *("time/student_s", "time/backward_s", "time/step_s"),
+    ):
+        assert last[tag] is not None, tag
+    assert last["optimization/grad_norm"] > 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"loss/total", "held_out/total", "throughput/tokens_per_s"} <= set(tags)
+    assert [event.step for event in events.Scalars("held_out/total")] == [0, 3, 6]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("world_size", [2])
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(recipe_file, tmp_path, world_size):
+    longer = ["--set", "optimization.steps=12", "--set", "checkpoint.every_steps=2"]
+    outputs = [tmp_path / "unbroken", tmp_path / "killed"]
+    settings = [[*longer, "--set", f"output={output}"] for output in outputs]
+    wait(start([sys.executable, *command(recipe_file, *settings[0])], world_size))
+    for moment in (2, 6):
+        processes = start([sys.executable, *command(recipe_file, *settings[1])], world_size)
+        wait_for(outputs[1] / "checkpoints" / f"step-{moment:08d}", processes)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    text = wait(start([sys.executable, *command(recipe_file, *settings[1])], world_size))
+    assert "resumed at step" in text
+    one, other = (load_file(o / "checkpoints" / "step-00000012" / "student.safetensors") for o in outputs)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert training_losses(outputs[0]) == training_losses(outputs[1])
+
+
+def training_losses(run: Path) -> list[tuple[int, float]]:
+    entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(entry["step"], entry["loss/total"]) for entry in entries if entry["kind"] == "train"]
+
+
+def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert time.monotonic() < deadline
+        assert all(p.poll() is None for p in processes), processes[0].communicate()[0][-3000:]
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """The script's `main` in this process: exit code for some arguments."""
+    spec = importlib.util.spec_from_file_location("pretrain_distill", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", list(arguments))
+        return module.main()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("student.layers=3", "unknown key"),
+        ("student.init=[1,2,3,4,5,6]", "names 6 layers for 2"),
+        ("student.init=[1,9]", "outside 1..4"),
+        ("student.overrides.hidden_siz=3", "'hidden_siz' is no config key of bert"),
+        ("teacher.model=/nowhere", "cannot be read"),
+        ("teacher.model=package:nothing_here", "package"),
+        ("objectives.0.relation_heads=7", "relation_heads=7"),
+        ("corpus.directory=/nowhere", "/nowhere"),
+        ("masking.probability=0", "masking.probability is 0"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_a_sentence(job, capsys, recipe_file, tmp_path, change, message):
+    code = job(*command(recipe_file, "--set", change, "--dry_run"))
+    text = capsys.readouterr()
+    assert code == 2
+    assert text.err.startswith("error: ")
+    assert message in text.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(job, capsys, recipe_file, tmp_path):
+    assert job(*command(recipe_file), "--dry_run") == 0
+    text = capsys.readouterr().out
+    assert "4 layers x 32, 4 of them run" in text
+    assert "starting from teacher layers [2, 4]" in text
+    assert "trains in float32 instead" in text or torch.cuda.is_available()
+    assert not (tmp_path / "run").exists()
