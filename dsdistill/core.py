@@ -52,6 +52,7 @@ class Batch:
         targets: int64 (N,), flat indices into (B * L) of the positions whose label counts; None without token labels.
             Computed where the batch is made, so that the device never has to be asked how many there are.
         sample_ids: int64 (B,), the row's number in its data set.
+        padded: Whether any position is padding; known where the batch is made, so that no device has to be asked.
     """
 
     input_ids: Tensor
@@ -61,6 +62,7 @@ class Batch:
     token_type_ids: Tensor | None = None
     labels: Tensor | None = None
     targets: Tensor | None = None
+    padded: bool = True
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to a device; asynchronous from pinned memory."""
@@ -72,7 +74,7 @@ class Batch:
 
     def _map(self, function) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+        return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: ZeRO-3 looks for parameters in `vars` of a module's output

@@ -41,6 +41,7 @@ def make_batch(
         token_type_ids=None if arrays.token_type_ids is None else torch.from_numpy(arrays.token_type_ids),
         labels=torch.from_numpy(labels) if with_labels else None,
         targets=None if targets is None else torch.from_numpy(targets),
+        padded=not arrays.mask.all(),
     )
 
 

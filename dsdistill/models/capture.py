@@ -70,8 +70,15 @@ def _attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
+def _attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """SDPA's mask, without asking the device whether a mask that we were given hides anything."""
+    if kwargs.get("attention_mask") is not None:
+        kwargs["allow_is_bidirectional_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _attention_mask)
 
 
 def _before_layer(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -147,7 +154,9 @@ class Captured(nn.Module):
         """
         global _recorder
         wants_logits = "logits" in self.wanted
-        inputs: dict[str, Tensor] = {"input_ids": batch.input_ids, "attention_mask": batch.mask}
+        inputs: dict[str, Tensor] = {"input_ids": batch.input_ids}
+        if batch.padded:
+            inputs["attention_mask"] = batch.mask
         if self.takes_token_types and batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
         recorder = _recorder = _Recorder(self.wanted, batch.targets if wants_logits else None, self.last_layer)

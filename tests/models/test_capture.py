@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ def make_batch(padded: bool, length: int = 24) -> Batch:
         sample_ids=torch.arange(2),
         token_type_ids=torch.zeros(2, length, dtype=torch.long),
         targets=torch.tensor([1, 5, 30]),
+        padded=padded,
     )
 
 
@@ -67,6 +69,24 @@ def test_logits_at_targets_equal_the_full_head(family):
     full = model(input_ids=batch.input_ids, attention_mask=batch.mask).logits
     torch.testing.assert_close(features.logits, full.flatten(0, 1)[batch.targets], rtol=1e-5, atol=1e-6)
     assert features.at("hidden", 4).shape == (2, 24, 32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mask_that_hides_nothing_changes_nothing(family):
+    batch = make_batch(False)
+    captured = Captured(build(family, ATTENTION), WANTED)
+    without, with_mask = captured(batch), captured(replace(batch, padded=True))
+    for layer in WANTED["hidden"]:
+        torch.testing.assert_close(without.at("hidden", layer), with_mask.at("hidden", layer), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_forward_never_waits_for_the_device(family):
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(tiny_configs()[family], attn_implementation=ATTENTION).eval()
+    batch = make_batch(True).to("meta")
+    features = Captured(model, {**WANTED, "logits": [-1]})(batch)  # asking a meta tensor for a value raises
+    assert features.logits.shape == (3, 100)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
