@@ -49,8 +49,9 @@ class Batch:
         segments: int64 (B, L), document number in a packed row, or None for one document a row.
         token_type_ids: int64 (B, L), or None where the model has none.
         labels: int64 (B, L), -100 = ignored, for masked language modelling; (B,) for tasks; None without labels.
-        targets: int64 (N,), flat indices into (B * L) of the positions whose label counts; None without token labels.
-            Computed where the batch is made, so that the device never has to be asked how many there are.
+        targets: int64 (N,), flat indices into (B * L) of the positions whose logits are wanted: those with a label,
+            or all real ones; None without token labels. Computed where the batch is made, so that the device never
+            has to be asked how many there are.
         sample_ids: int64 (B,), the row's number in its data set.
         padded: Whether any position is padding; known where the batch is made, so that no device has to be asked.
     """

@@ -46,6 +46,7 @@ def assert_equal_batches(one: list[Batch], other: list[Batch]) -> None:
     for a, b in zip(one, other, strict=True):
         for name in (*FIELDS, "targets"):
             torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0)
+        assert a.padded is b.padded is not bool(a.mask.all())
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 24), (1, 1), (2, 12), (2, 3), (3, 4), (8, 3), (24, 1)])
@@ -114,6 +115,14 @@ def test_without_labels_inputs_are_masked_all_the_same(corpus, masker):
         assert other.labels is None
         assert other.targets is None
         assert torch.equal(one.input_ids, other.input_ids)
+
+
+def test_all_real_positions_can_be_targets_while_labels_stay(corpus, masker):
+    """Special tokens are among them, as in DistilBERT, which goes by the attention mask."""
+    for masked, every in zip(load(corpus, masker)[0], load(corpus, masker, all_targets=True)[0], strict=True):
+        assert torch.equal(every.targets, torch.nonzero(every.mask.flatten()).flatten())
+        assert torch.equal(every.labels, masked.labels)
+        assert len(masked.targets) < len(every.targets)
 
 
 def test_unmasked_input(corpus, wordpiece_dir):
