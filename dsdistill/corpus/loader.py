@@ -19,14 +19,7 @@ _HELD_OUT_SEED = 0  # the held-out rows and their masks never change
 
 
 def make_batch(
-    corpus: Corpus,
-    masker: Masker,
-    rows: np.ndarray,
-    *,
-    seed: int,
-    epochs: np.ndarray | int,
-    with_labels: bool = True,
-    all_targets: bool = False,
+    corpus: Corpus, masker: Masker, rows: np.ndarray, *, seed: int, epochs: np.ndarray | int, with_labels: bool = True
 ) -> Batch:
     """Read and mask some rows.
 
@@ -37,12 +30,10 @@ def make_batch(
         seed: Of the masks.
         epochs: int64 (B,) or one number.
         with_labels: Whether labels and targets are wanted; the inputs are masked in any case.
-        all_targets: Whether all real positions are targets, special tokens too, not only those chosen for masking;
-            labels stay as they are.
     """
     arrays = corpus.rows(rows)
     input_ids, labels = masker(arrays.input_ids, arrays.mask, seed=seed, epochs=epochs, rows=rows)
-    targets = np.flatnonzero(arrays.mask if all_targets else labels != IGNORED_LABEL) if with_labels else None
+    targets = np.flatnonzero(labels != IGNORED_LABEL) if with_labels else None
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         mask=torch.from_numpy(arrays.mask),
@@ -71,10 +62,8 @@ class _MicroBatches(Dataset[Batch]):
         first_step: int,
         last_step: int,
         with_labels: bool,
-        all_targets: bool,
     ) -> None:
-        self._corpus, self._masker, self._seed = corpus, masker, seed
-        self._wanted = {"with_labels": with_labels, "all_targets": all_targets}
+        self._corpus, self._masker, self._seed, self._with_labels = corpus, masker, seed, with_labels
         self._batches = {"global_batch": global_batch, "micro_batch": micro_batch, "world_size": world_size}
         self._rank, self._first_step, self._last_step = rank, first_step, last_step
         self._accumulation = accumulation_steps(**self._batches)
@@ -86,7 +75,9 @@ class _MicroBatches(Dataset[Batch]):
         step, micro_step = divmod(index, self._accumulation)
         positions = micro_batch_positions(self._first_step + step, micro_step, self._rank, **self._batches)
         epochs, rows = positions_to_rows(positions, num_rows=self._corpus.num_rows, seed=self._seed)
-        return make_batch(self._corpus, self._masker, rows, seed=self._seed, epochs=epochs, **self._wanted)
+        return make_batch(
+            self._corpus, self._masker, rows, seed=self._seed, epochs=epochs, with_labels=self._with_labels
+        )
 
 
 def train_batches(
@@ -103,7 +94,6 @@ def train_batches(
     num_workers: int = 2,
     pin_memory: bool = False,
     with_labels: bool = True,
-    all_targets: bool = False,
     start_method: str | None = None,
 ) -> DataLoader[Batch]:
     """Micro-batches of one rank for the optimizer steps first_step, ..., last_step - 1, in order.
@@ -124,7 +114,6 @@ def train_batches(
         num_workers: Loader processes; 0 reads in this one.
         pin_memory: Page-locked batches, for copies to a GPU.
         with_labels: Whether an objective reads labels; without, `labels` and `targets` are None.
-        all_targets: Whether all real positions are targets, as in `make_batch`.
         start_method: "fork", "spawn" or "forkserver"; the platform's default if None.
 
     Returns:
@@ -144,7 +133,6 @@ def train_batches(
         first_step=first_step,
         last_step=last_step,
         with_labels=with_labels,
-        all_targets=all_targets,
     )
     return DataLoader(
         batches,
@@ -193,7 +181,6 @@ def held_out_batches(
     rank: int,
     world_size: int,
     with_labels: bool = True,
-    all_targets: bool = False,
 ) -> Iterator[Batch]:
     """Some held-out rows, spread over the whole split, with masks that never change.
 
@@ -209,7 +196,6 @@ def held_out_batches(
         rank: This rank.
         world_size: Number of ranks.
         with_labels: Whether an objective reads labels.
-        all_targets: Whether all real positions are targets, as in `make_batch`.
 
     Raises:
         ValueError: If there are fewer rows than ranks.
@@ -229,7 +215,6 @@ def held_out_batches(
             seed=_HELD_OUT_SEED,
             epochs=0,
             with_labels=with_labels,
-            all_targets=all_targets,
         )
         for start in range(0, available - size * world_size + 1, size * world_size)
     )
