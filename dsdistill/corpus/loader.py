@@ -19,7 +19,14 @@ _HELD_OUT_SEED = 0  # the held-out rows and their masks never change
 
 
 def make_batch(
-    corpus: Corpus, masker: Masker, rows: np.ndarray, *, seed: int, epochs: np.ndarray | int, with_labels: bool = True
+    corpus: Corpus,
+    masker: Masker,
+    rows: np.ndarray,
+    *,
+    seed: int,
+    epochs: np.ndarray | int,
+    with_labels: bool = True,
+    all_targets: bool = False,
 ) -> Batch:
     """Read and mask some rows.
 
@@ -30,10 +37,12 @@ def make_batch(
         seed: Of the masks.
         epochs: int64 (B,) or one number.
         with_labels: Whether labels and targets are wanted; the inputs are masked in any case.
+        all_targets: Whether all real positions are targets, special tokens too, not only those chosen for masking;
+            labels stay as they are.
     """
     arrays = corpus.rows(rows)
     input_ids, labels = masker(arrays.input_ids, arrays.mask, seed=seed, epochs=epochs, rows=rows)
-    targets = np.flatnonzero(labels != IGNORED_LABEL) if with_labels else None
+    targets = np.flatnonzero(arrays.mask if all_targets else labels != IGNORED_LABEL) if with_labels else None
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         mask=torch.from_numpy(arrays.mask),
@@ -62,8 +71,10 @@ class _MicroBatches(Dataset[Batch]):
         first_step: int,
         last_step: int,
         with_labels: bool,
+        all_targets: bool,
     ) -> None:
-        self._corpus, self._masker, self._seed, self._with_labels = corpus, masker, seed, with_labels
+        self._corpus, self._masker, self._seed = corpus, masker, seed
+        self._wanted = {"with_labels": with_labels, "all_targets": all_targets}
         self._batches = {"global_batch": global_batch, "micro_batch": micro_batch, "world_size": world_size}
         self._rank, self._first_step, self._last_step = rank, first_step, last_step
         self._accumulation = accumulation_steps(**self._batches)
@@ -75,9 +86,7 @@ class _MicroBatches(Dataset[Batch]):
         step, micro_step = divmod(index, self._accumulation)
         positions = micro_batch_positions(self._first_step + step, micro_step, self._rank, **self._batches)
         epochs, rows = positions_to_rows(positions, num_rows=self._corpus.num_rows, seed=self._seed)
-        return make_batch(
-            self._corpus, self._masker, rows, seed=self._seed, epochs=epochs, with_labels=self._with_labels
-        )
+        return make_batch(self._corpus, self._masker, rows, seed=self._seed, epochs=epochs, **self._wanted)
 
 
 def train_batches(
@@ -94,6 +103,7 @@ def train_batches(
     num_workers: int = 2,
     pin_memory: bool = False,
     with_labels: bool = True,
+    all_targets: bool = False,
     start_method: str | None = None,
 ) -> DataLoader[Batch]:
     """Micro-batches of one rank for the optimizer steps first_step, ..., last_step - 1, in order.
@@ -114,6 +124,7 @@ def train_batches(
         num_workers: Loader processes; 0 reads in this one.
         pin_memory: Page-locked batches, for copies to a GPU.
         with_labels: Whether an objective reads labels; without, `labels` and `targets` are None.
+        all_targets: Whether all real positions are targets, as in `make_batch`.
         start_method: "fork", "spawn" or "forkserver"; the platform's default if None.
 
     Returns:
@@ -133,6 +144,7 @@ def train_batches(
         first_step=first_step,
         last_step=last_step,
         with_labels=with_labels,
+        all_targets=all_targets,
     )
     return DataLoader(
         batches,
@@ -162,7 +174,8 @@ class _Parcel:
 
 
 def _unpack(values: dict[str, Any]) -> Batch:
-    return Batch(**{n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in values.items()})
+    batch: dict[str, Any] = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in values.items()}
+    return Batch(**batch)
 
 
 def _pack_in_worker(batch: Batch) -> Batch | _Parcel:
@@ -181,6 +194,7 @@ def held_out_batches(
     rank: int,
     world_size: int,
     with_labels: bool = True,
+    all_targets: bool = False,
 ) -> Iterator[Batch]:
     """Some held-out rows, spread over the whole split, with masks that never change.
 
@@ -196,6 +210,7 @@ def held_out_batches(
         rank: This rank.
         world_size: Number of ranks.
         with_labels: Whether an objective reads labels.
+        all_targets: Whether all real positions are targets, as in `make_batch`.
 
     Raises:
         ValueError: If there are fewer rows than ranks.
@@ -215,6 +230,7 @@ def held_out_batches(
             seed=_HELD_OUT_SEED,
             epochs=0,
             with_labels=with_labels,
+            all_targets=all_targets,
         )
         for start in range(0, available - size * world_size + 1, size * world_size)
     )
