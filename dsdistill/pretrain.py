@@ -19,7 +19,14 @@ from dsdistill.corpus.store import Corpus
 from dsdistill.models.capture import Captured, Wanted
 from dsdistill.models.export import save_skeleton
 from dsdistill.models.families import max_length, shape_of
-from dsdistill.models.loading import Source, has_head, load_config, load_encoder, load_tokenizer
+from dsdistill.models.loading import (
+    Source,
+    has_head,
+    has_masked_lm_architecture,
+    load_config,
+    load_encoder,
+    load_tokenizer,
+)
 from dsdistill.models.student import build_student, student_config
 from dsdistill.models.teacher import ResidentTeacher
 from dsdistill.objectives.mapping import initial_layers
@@ -103,8 +110,9 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place, row_length:
     if problems or student is None or terms is None:
         raise ValueError("\n".join(problems))
     student_wants, teacher_wants = wanted_signals(terms)
-    if "logits" in student_wants and recipe.masking.probability == 0:
-        raise ValueError("masking.probability is 0, but an objective reads logits at masked positions; use 0.15")
+    unfit = logit_problems(recipe, source, teacher, terms) if "logits" in student_wants else []
+    if unfit:
+        raise ValueError("\n".join(unfit))
     return Plan(
         recipe=recipe,
         engine_config=filled[0],
@@ -119,6 +127,17 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place, row_length:
     )
 
 
+def logit_problems(recipe: Recipe, source: Source, teacher: PreTrainedConfig, terms: Iterable[BoundTerm]) -> list[str]:
+    """What stands in the way of objectives that read logits, as far as configs tell."""
+    problems = []
+    if not has_masked_lm_architecture(teacher):
+        problems.append(missing_head(source))
+    reads_labels = any(term.objective.name == "mlm" for term in terms)
+    if recipe.masking.probability == 0 and (reads_labels or recipe.masking.targets == "masked"):
+        problems.append("masking.probability is 0, but an objective reads logits at masked positions; use 0.15")
+    return problems
+
+
 def describe_plan(plan: Plan, place: Place) -> str:
     """The plan as a page for people."""
     teacher, student = shape_of(plan.teacher_config), shape_of(plan.student_config)
@@ -131,8 +150,7 @@ def describe_plan(plan: Plan, place: Place) -> str:
     lines = [
         f"run        {plan.recipe.name} -> {plan.recipe.output}",
         f"teacher    {plan.source.model}: {teacher.num_layers} layers x {teacher.width}, {deepest} of them run",
-        f"student    {student.num_layers} layers x {student.width}, starting from "
-        + ("random weights" if plan.layers is None else f"teacher layers {list(plan.layers)}"),
+        f"student    {student.num_layers} layers x {student.width}, starting from {describe_start(plan)}",
         *(
             f"objective  {term.label} (weight {term.weight}): student layers {list(term.pairs.student)} "
             f"{'together ' if term.pairs.combine else ''}with teacher layers {list(term.pairs.teacher)}"
@@ -144,6 +162,16 @@ def describe_plan(plan: Plan, place: Place) -> str:
         *(f"note       {note}" for note in plan.notes),
     ]
     return "\n".join(lines)
+
+
+def describe_start(plan: Plan) -> str:
+    """What the student's weights are before training."""
+    settings = plan.recipe.student
+    if settings.init_from is not None:
+        return str(settings.init_from)
+    if plan.layers is None:
+        return "random weights"
+    return f"teacher layers {list(plan.layers)}" + (f", made narrower by {settings.resize}" if settings.resize else "")
 
 
 def row_length_of(recipe: Recipe) -> int:
@@ -237,6 +265,7 @@ def distil(
         tokenizer, probability=recipe.masking.probability, whole_word=recipe.masking.whole_word
     )
     data = {"masker": masker, "with_labels": "logits" in plan.student_wants}
+    data["all_targets"] = recipe.masking.targets == "all"
     batching = {"micro_batch": config["train_micro_batch_size_per_gpu"], "rank": place.rank}
     batching["world_size"] = place.world_size
 
@@ -311,14 +340,29 @@ def build_models(plan: Plan, place: Place) -> tuple[PreTrainedModel, ResidentTea
     """
     recipe = plan.recipe
     complete = load_encoder(plan.source)
-    for side, wants in (("student", plan.student_wants), ("teacher", plan.teacher_wants)):
-        if "logits" in wants and not has_head(complete):
-            raise ValueError(f"{plan.source.model} has no masked-LM head, but an objective reads the {side}'s logits")
-    student = build_student(complete, plan.student_config, plan.layers, seed=recipe.seed)
+    if "logits" in {*plan.student_wants, *plan.teacher_wants} and not has_head(complete):
+        raise ValueError(missing_head(plan.source))
+    settings = recipe.student
+    student = build_student(
+        complete,
+        plan.student_config,
+        plan.layers,
+        seed=recipe.seed,
+        resize=settings.resize,
+        init_from=settings.init_from,
+    )
     if not plan.teacher_wants:
         return student, None
     dtype = half_precision(plan.engine_config)
     return student, ResidentTeacher(complete, plan.teacher_wants, device=place.device, dtype=dtype)
+
+
+def missing_head(source: Source) -> str:
+    """Why a recipe with logits cannot run on this teacher, and what can."""
+    return (
+        f"{source.model} has no masked-LM head, but an objective reads logits (kd, mlm): use a teacher saved with its "
+        "head, such as google-bert/bert-base-uncased, or objectives on relations, attention or hidden states"
+    )
 
 
 def capture_student(student: PreTrainedModel, plan: Plan) -> Captured:

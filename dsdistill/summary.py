@@ -135,7 +135,15 @@ def summarize(directory: Path) -> str:
     lines += [f"  {name:<28} {before.get(name, float('nan')):>10.4f} {value:>10.4f}" for name, value in after.items()]
     if size_of(teacher)["width"] == size_of(student)["width"]:
         batch = held_out_text(recipe, tokenizer, COSINE_ROWS)
-        untrained = build_student(teacher, student.config, layers, seed=recipe.seed).eval()
+        settings = recipe.student
+        untrained = build_student(
+            teacher,
+            student.config,
+            layers,
+            seed=recipe.seed,
+            resize=settings.resize,
+            init_from=settings.init_from,
+        ).eval()
         cosines = [mean_cosine(teacher, model, batch) for model in (untrained, student)]
         lines.append(f"  {'cosine with the teacher':<28} {cosines[0]:>10.4f} {cosines[1]:>10.4f}")
     lines += ["", "                                 teacher    student"]

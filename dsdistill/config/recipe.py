@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from dsdistill.config.strict import Strict
 from dsdistill.corpus.settings import CorpusSettings
+from dsdistill.models.resize import Resize
 from dsdistill.objectives.registry import Objective, find_objective
 
 
@@ -31,16 +32,32 @@ class StudentSettings(Strict):
     """The model to distil into, described by its difference from the teacher."""
 
     num_layers: int = Field(ge=1, description="layers of the student")
-    init: Literal["lower", "upper", "uniform", "skip", "random"] | list[int] = Field(
-        description="teacher layers whose weights it starts from: a name, or one layer (1..T) per student layer"
+    init: Literal["lower", "upper", "uniform", "skip", "random"] | list[int] | None = Field(
+        default=None,
+        description="teacher layers whose weights it starts from: a name, or one layer (1..T) per student layer",
+    )
+    init_from: Path | None = Field(
+        default=None, description="instead of `init`: directory of a student of this shape whose weights it starts from"
+    )
+    resize: Resize | None = Field(
+        default=None,
+        description="how the teacher's weights become those of a narrower student; null refuses other shapes",
     )
     dropout: float | None = Field(
         default=None, ge=0, lt=1, description="replaces every dropout rate; null keeps the teacher's"
     )
     overrides: dict[str, Any] = Field(
-        default={}, description="other config keys to change; needs init: random for new shapes"
+        default={}, description="other config keys to change; new shapes need init: random, `init_from` or `resize`"
     )
     activation_checkpointing: bool = Field(default=False, description="recompute layers in backward to save memory")
+
+    @model_validator(mode="after")
+    def _starts_from_one_thing(self) -> StudentSettings:
+        if (self.init is None) == (self.init_from is None):
+            raise ValueError("give either `init` or `init_from`")
+        if self.resize is not None and self.init in (None, "random"):
+            raise ValueError(f"resize={self.resize!r} has no effect without teacher layers; name them in `init`")
+        return self
 
 
 class CorpusSection(Strict):
@@ -67,6 +84,9 @@ class MaskingSettings(Strict):
         default=0.15, ge=0, lt=1, description="share of tokens chosen; 0 leaves the text as it is"
     )
     whole_word: bool = Field(default=False, description="choose whole words")
+    targets: Literal["masked", "all"] = Field(
+        default="masked", description="where logits are compared: positions chosen for masking, or all real ones"
+    )
 
 
 class Ramp(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dsdistill.models.capture import ATTENTION
 from dsdistill.models.families import drop_pooler, encoder_of, keep_layers, layer_list
+from dsdistill.models.loading import Source, load_encoder
+from dsdistill.models.resize import Resize, resize_weights, sizes_of
 
 DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout"),
@@ -53,18 +56,26 @@ def student_config(
 
 
 def build_student(
-    teacher: PreTrainedModel, config: PreTrainedConfig, layers: tuple[int, ...] | None, *, seed: int
+    teacher: PreTrainedModel,
+    config: PreTrainedConfig,
+    layers: tuple[int, ...] | None,
+    *,
+    seed: int,
+    resize: Resize | None = None,
+    init_from: Path | None = None,
 ) -> PreTrainedModel:
     """A student in float32, wired for capture.
 
     Embeddings, head and all that does not belong to a layer are copied from the teacher, then layer i from teacher
-    layer `layers[i - 1]`. With `layers` None all weights are random.
+    layer `layers[i - 1]`. With `layers` None all weights are random, or those of `init_from`.
 
     Args:
         teacher: Complete teacher with real weights.
         config: From `student_config`.
         layers: Teacher layers, 1..T, one for each student layer, or None.
         seed: For weights that are not copied.
+        resize: How weights become those of a narrower student; None refuses other shapes.
+        init_from: Directory of a student of this shape to start from; `layers` must be None.
 
     Raises:
         ValueError: If weights to be copied do not fit the student's shapes.
@@ -74,9 +85,45 @@ def build_student(
         student = type(teacher)._from_config(copy.deepcopy(config), attn_implementation=ATTENTION, dtype=torch.float32)
     if getattr(encoder_of(teacher), "pooler", ...) is None:
         drop_pooler(student)
-    if layers is not None:
+    if init_from is not None:
+        copy_student(init_from, student)
+    elif layers is not None and resize is not None:
+        copy_resized(teacher, student, layers, resize)
+    elif layers is not None:
         copy_weights(teacher, student, layers)
     return student
+
+
+def copy_resized(teacher: PreTrainedModel, student: PreTrainedModel, layers: tuple[int, ...], resize: Resize) -> None:
+    """Give the student the weights of a student of the teacher's shape, made narrower.
+
+    Raises:
+        ValueError: If the student is not narrower, or the family is not built like BERT.
+    """
+    wide_config = copy.deepcopy(encoder_of(teacher).config)
+    keep_layers(wide_config, layers)
+    wide = build_student(teacher, wide_config, layers, seed=0)
+    sizes = sizes_of(wide.config), sizes_of(student.config)
+    student.load_state_dict(resize_weights(wide.state_dict(), *sizes, resize))
+
+
+def copy_student(directory: Path, student: PreTrainedModel) -> None:
+    """Copy all weights from a Hugging Face directory that holds a model of the student's shape.
+
+    Raises:
+        ValueError: If it has other weights or shapes than the student.
+    """
+    weights = load_encoder(Source(model=str(directory))).state_dict()
+    wanted = student.state_dict()
+    if weights.keys() != wanted.keys():
+        different = sorted(weights.keys() ^ wanted.keys())
+        raise ValueError(
+            f"student.init_from={str(directory)!r} is not built as the student: {different[0]} is only in one of them; "
+            "use a checkpoint with the same num_layers and head"
+        )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            _copy(tensor, weights[name], f"student.init_from: {name}", origin="the checkpoint")
 
 
 def copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, layers: tuple[int, ...]) -> None:
@@ -107,11 +154,11 @@ def _copy_layer(source: nn.Module, target: nn.Module, what: str) -> None:
             _copy(tensor, weights[name], f"{what}: {name}")
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor, what: str) -> None:
+def _copy(target: torch.Tensor, source: torch.Tensor, what: str, *, origin: str = "the teacher") -> None:
     if target.shape != source.shape:
         raise ValueError(
-            f"{what} has shape {tuple(source.shape)} in the teacher and {tuple(target.shape)} in the student; "
-            "a student of another shape starts from init: random"
+            f"{what} has shape {tuple(source.shape)} in {origin} and {tuple(target.shape)} in the student; a student "
+            "of another shape starts from init: random, or from the teacher's weights made narrower (student.resize)"
         )
     target.data.copy_(source)
 

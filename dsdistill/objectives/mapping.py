@@ -65,21 +65,23 @@ def layer_pairs(
     return LayerPairs(student, teacher)
 
 
-def initial_layers(init: str | Sequence[int], student_layers: int, teacher_layers: int) -> tuple[int, ...] | None:
-    """The teacher layer whose weights each student layer starts from, or None for random weights.
+def initial_layers(
+    init: str | Sequence[int] | None, student_layers: int, teacher_layers: int
+) -> tuple[int, ...] | None:
+    """The teacher layer whose weights each student layer starts from, or None if it starts from none of them.
 
     Args:
-        init: `lower` (1..S), `upper` (the last S), `uniform` or `skip` (ceil(i * T / S)), `random`, or a list of S
-            teacher layers such as [4, 8, 12].
+        init: `lower` (1..S), `upper` (the last S), `uniform` or `skip` (ceil(i * T / S)), `random`, None, or a list of
+            S teacher layers such as [4, 8, 12].
         student_layers: S, number of layers of the student.
         teacher_layers: T, number of layers of the teacher.
 
     Raises:
         ValueError: If the name is unknown, a layer does not exist, or the list is not S long.
     """
+    if init is None or init == "random":
+        return None
     if isinstance(init, str):
-        if init == "random":
-            return None
         if init not in INITIALISATIONS:
             names = ", ".join(INITIALISATIONS)
             raise ValueError(f"init={init!r} is unknown; use one of {names} or a list of teacher layers")

@@ -1,0 +1,59 @@
+"""What the worker process of `test_recipes.py` does: a short run of every shipped recipe, all in one process."""
+
+import json
+import math
+from pathlib import Path
+
+from dsdistill.config.recipe import read_recipe
+from dsdistill.pretrain import distil, make_plan, open_corpus
+from dsdistill.summary import held_out_at
+from dsdistill.training.dist import find_place
+from dsdistill.training.engine import start_processes
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
+PER_RECIPE = {
+    "mobilebert": ["student.overrides={hidden_size: 16, intermediate_size: 32}"],
+    "minilmv2": ["objectives.0.relation_heads=8"],
+    "quickstart": ["objectives.0.relation_heads=8", "corpus.prepare=null"],
+}
+"""What a teacher of width 32 with 4 heads asks for; everything else runs as shipped."""
+
+
+def short_overrides(steps: int) -> list[str]:
+    return [
+        "student.num_layers=2",
+        f"optimization.steps={steps}",
+        f"optimization.warmup_steps={steps // 10}",
+        "optimization.global_batch=4",
+        "evaluation.rows=32",
+        f"evaluation.every_steps={steps}",
+        f"checkpoint.every_steps={steps}",
+    ]
+
+
+def run_all(teacher: str, corpus: str, output: str, steps: int, stages: list[int]) -> None:
+    """Run every recipe at every ZeRO stage; write held-out losses before and after to `losses.json`."""
+    place = find_place()
+    start_processes(place)
+    losses = {}
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        for stage in stages:
+            name = f"{path.relative_to(RECIPES).with_suffix('')} at ZeRO {stage}"
+            directory = Path(output) / name.replace("/", "-").replace(" ", "-")
+            recipe = read_recipe(
+                path,
+                [
+                    *short_overrides(steps),
+                    *PER_RECIPE.get(path.stem, []),
+                    f"teacher.model={teacher}",
+                    f"corpus.directory={corpus}",
+                    f"output={directory}",
+                ],
+            )
+            plan = make_plan(
+                recipe, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}, place
+            )
+            distil(plan, *open_corpus(recipe, plan, place), place, "never")
+            losses[name] = [held_out_at(directory, index)["total"] for index in (0, -1)]
+            assert all(math.isfinite(loss) for loss in losses[name]), (name, losses[name])
+    (Path(output) / "losses.json").write_text(json.dumps(losses))
