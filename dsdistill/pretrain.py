@@ -69,18 +69,12 @@ class Plan:
     teacher_wants: Wanted
 
 
-def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place, row_length: int) -> Plan:
-    """Check that recipe, JSON and models fit together.
+def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan:
+    """Check that recipe, JSON, models and text fit together.
 
     Raises:
         ValueError: With every problem found.
     """
-    source = Source(
-        model=recipe.teacher.model,
-        revision=recipe.teacher.revision,
-        trust_remote_code=recipe.teacher.trust_remote_code,
-    )
-    teacher = load_config(source)
     problems: list[str] = []
 
     def attempt(action: Callable[[], Any]) -> Any:
@@ -89,6 +83,15 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place, row_length:
         except ValueError as error:
             problems.append(str(error))
 
+    source = Source(
+        model=recipe.teacher.model,
+        revision=recipe.teacher.revision,
+        trust_remote_code=recipe.teacher.trust_remote_code,
+    )
+    row_length = attempt(lambda: row_length_of(recipe)) or 1
+    teacher = attempt(lambda: load_config(source))
+    if teacher is None:
+        raise ValueError("\n".join(problems))
     settings = recipe.student
     shape = shape_of(teacher)
     layers = attempt(lambda: initial_layers(settings.init, settings.num_layers, shape.num_layers))
@@ -107,12 +110,11 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place, row_length:
             row_length=row_length,
         )
     )
+    student_wants, teacher_wants = wanted_signals(terms or ())
+    if "logits" in student_wants:
+        problems += logit_problems(recipe, source, teacher, terms or ())
     if problems or student is None or terms is None:
         raise ValueError("\n".join(problems))
-    student_wants, teacher_wants = wanted_signals(terms)
-    unfit = logit_problems(recipe, source, teacher, terms) if "logits" in student_wants else []
-    if unfit:
-        raise ValueError("\n".join(unfit))
     return Plan(
         recipe=recipe,
         engine_config=filled[0],
@@ -182,7 +184,7 @@ def row_length_of(recipe: Recipe) -> int:
     """
     if recipe.corpus.prepare is not None:
         return recipe.corpus.prepare.length
-    return Corpus.open(recipe.corpus.directory).length
+    return min(Corpus.open(recipe.corpus.directory, split).length for split in ("train", "held_out"))
 
 
 def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "never"] | Path, dry_run: bool) -> None:
@@ -200,11 +202,10 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
         FloatingPointError: If a loss term was not finite.
     """
     place = find_place()
-    plan = make_plan(recipe, ds_json, place, row_length_of(recipe))
+    plan = make_plan(recipe, ds_json, place)
     if place.is_first:
         print(describe_plan(plan, place), flush=True)
     if dry_run:
-        check_corpus(recipe)
         return
     corpus, held_out, tokenizer = open_corpus(recipe, plan, place)
     start_processes(place)
@@ -214,17 +215,6 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
             print(summarize(recipe.output), flush=True)
     finally:
         stop_processes()
-
-
-def check_corpus(recipe: Recipe) -> None:
-    """For a dry run: the corpus can be opened, or can be made.
-
-    Raises:
-        ValueError: If neither.
-    """
-    if recipe.corpus.prepare is None:
-        Corpus.open(recipe.corpus.directory)
-        Corpus.open(recipe.corpus.directory, "held_out")
 
 
 def open_corpus(recipe: Recipe, plan: Plan, place: Place) -> tuple[Corpus, Corpus, PreTrainedTokenizerFast]:

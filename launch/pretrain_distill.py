@@ -6,7 +6,10 @@ import argparse
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 RECIPES = Path(__file__).parent / "recipes"
 BAD_INPUT, FAULT = 2, 1
@@ -42,6 +45,24 @@ def quiet_libraries() -> None:
     disable_progress_bar()
     set_verbosity_error()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, every step
+
+
+def all_or_every_problem(*readers: Callable[[], Any]) -> list[Any]:
+    """What the readers return.
+
+    Raises:
+        ValueError: With the problems of all of them.
+    """
+    results, problems = [], []
+    for reader in readers:
+        try:
+            results.append(reader())
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return results
 
 
 def main() -> int:
@@ -56,8 +77,10 @@ def main() -> int:
 
     resume = arguments.resume if arguments.resume in ("auto", "never") else Path(arguments.resume)
     try:
-        recipe = read_recipe(arguments.recipe, arguments.set)
-        run(recipe, read_deepspeed_json(arguments.ds_config), resume=resume, dry_run=arguments.dry_run)
+        recipe, ds_json = all_or_every_problem(
+            lambda: read_recipe(arguments.recipe, arguments.set), lambda: read_deepspeed_json(arguments.ds_config)
+        )
+        run(recipe, ds_json, resume=resume, dry_run=arguments.dry_run)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

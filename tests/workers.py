@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -57,4 +58,9 @@ def run_workers(function: str, world_size: int, **arguments: Any) -> str:
 
 if __name__ == "__main__":
     module, name = sys.argv[1].split(":")
-    getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
+    try:
+        getattr(importlib.import_module(module), name)(**json.loads(sys.argv[2]))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # other ranks may wait for this one for ever, and it for them

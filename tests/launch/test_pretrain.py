@@ -142,6 +142,25 @@ def test_bad_input_ends_with_code_2_and_a_sentence(job, capsys, recipe_file, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_problems_of_recipe_and_json_are_told_together(job, capsys, recipe_file, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimizaton": {"stage": 2}}')
+    changes = ["--set", "student.layers=3", "--set", "seed=x", "--dry_run"]
+    assert job("x", "--ds_config", str(tmp_path / "ds.json"), "--recipe", str(recipe_file), *changes) == 2
+    text = capsys.readouterr().err
+    for problem in ("zero_optimizaton", "student.layers", "seed"):
+        assert problem in text
+
+
+def test_problems_of_models_text_and_batches_are_told_together(job, capsys, recipe_file):
+    changes = ("student.init=[9,1]", "corpus.directory=/nowhere", "optimization.global_batch=9")
+    (recipe_file.parent / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 2}')
+    arguments = ["x", "--ds_config", str(recipe_file.parent / "ds.json"), "--recipe", str(recipe_file), "--dry_run"]
+    assert job(*arguments, *(part for change in changes for part in ("--set", change))) == 2
+    text = capsys.readouterr().err
+    for problem in ("outside 1..4", "/nowhere", "does not divide the 9 rows"):
+        assert problem in text
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(job, capsys, recipe_file, tmp_path):
     assert job(*command(recipe_file), "--dry_run") == 0
     text = capsys.readouterr().out

@@ -26,7 +26,7 @@ def ds_json(stage: int) -> dict:
 
 
 def make_distiller(recipe: Recipe, stage: int, place):
-    plan = make_plan(recipe, ds_json(stage), place, 32)
+    plan = make_plan(recipe, ds_json(stage), place)
     student, teacher = build_models(plan, place)
     distiller = Distiller(
         capture_student(student, plan),
@@ -68,8 +68,9 @@ def check_parity(content: dict) -> None:
         optimizer.step()
         optimizer.zero_grad()
     expected = {n: p.detach().clone() for n, p in distiller.named_parameters()}
-    for stage in STAGES:
-        sharded, teacher, plan = make_distiller(recipe, stage, place)
+    for stage, checkpointing in (*((stage, False) for stage in STAGES), (3, True)):
+        content["student"]["activation_checkpointing"] = checkpointing
+        sharded, teacher, plan = make_distiller(check_recipe(content, "test"), stage, place)
         for name, parameter in sharded.named_parameters():
             parameter.requires_grad_(name in reached)
         before = teacher.checksum()
@@ -115,7 +116,7 @@ def check_resume(content: dict) -> None:
         results = []
         for kind in ("unbroken", "broken"):
             recipe = check_recipe({**content, "output": str(output / f"{kind}-{stage}")}, "test")
-            plan = make_plan(recipe, ds_json(stage), place, 32)
+            plan = make_plan(recipe, ds_json(stage), place)
             opened = open_corpus(recipe, plan, place)
             if kind == "broken":
                 pretrain.train_batches = stop_after(4 * 8 // (2 * place.world_size))
@@ -147,7 +148,27 @@ def check_fp16_stages(content: dict) -> None:
     results = []
     for stage in STAGES:
         recipe = check_recipe({**content, "output": str(output / str(stage))}, "test")
-        plan = make_plan(recipe, {**ds_json(stage), "fp16": {"enabled": True, "initial_scale_power": 8}}, place, 32)
+        plan = make_plan(recipe, {**ds_json(stage), "fp16": {"enabled": True, "initial_scale_power": 8}}, place)
         distil(plan, *open_corpus(recipe, plan, place), place, "auto")
         results.append(held_out_at(recipe.output, -1)["total"])
     torch.testing.assert_close(results, [results[2]] * len(STAGES), rtol=0.02, atol=0.0)
+
+
+def check_non_finite(content: dict) -> None:
+    """A term that is not finite stops every rank, names itself and its step, and is never saved."""
+    place = find_place()
+    start_processes(place)
+    ramp = {"from": 1.0, "to": -1.0, "until": 4, "kind": "step"}
+    content["objectives"].append({"objective": "tests.training.toy_objectives:explodes", "temperature": ramp})
+    content["checkpoint"]["every_steps"] = 1
+    recipe = check_recipe(content, "test")
+    plan = make_plan(recipe, ds_json(2), place)
+    try:
+        distil(plan, *open_corpus(recipe, plan, place), place, "auto")
+    except FloatingPointError as error:
+        assert "'explodes' was not finite at step 5" in str(error), error  # noqa: PT017 (no pytest in workers)
+    else:
+        raise AssertionError("the run was meant to stop")
+    if place.is_first:
+        names = [path.name for path in sorted((recipe.output / CHECKPOINTS).iterdir())]
+        assert names == ["step-00000003", "step-00000004"], names

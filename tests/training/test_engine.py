@@ -16,6 +16,10 @@ def test_resumed_run_is_bit_equal_at_every_zero_stage(recipe_content, world_size
     run_workers(f"{WORKERS}:check_resume", world_size, content=recipe_content)
 
 
+def test_a_term_that_is_not_finite_stops_all_ranks_and_is_never_saved(recipe_content):
+    run_workers(f"{WORKERS}:check_non_finite", 2, content=recipe_content)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_fp16_without_zero_learns_as_fast_as_with_it(recipe_content):

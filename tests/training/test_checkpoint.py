@@ -1,0 +1,121 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dsdistill.config.recipe import check_recipe
+from dsdistill.training import run_directory
+from dsdistill.training.checkpoint import MANIFEST, STATE, STUDENT, checkpoint_name, seal, verify, whole_checkpoints
+from dsdistill.training.dist import Place, find_place, rendezvous
+
+PLACE = Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+CONFIG = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}}
+
+
+def make_checkpoint(directory, recipe, step: int):
+    path = directory / run_directory.CHECKPOINTS / checkpoint_name(step)
+    (path / "deepspeed").mkdir(parents=True)
+    (path / "deepspeed" / "state.pt").write_bytes(bytes(range(256)) * 8)
+    save_file({"weight": torch.arange(4.0)}, path / STUDENT)
+    state = run_directory.state_of(step, recipe, CONFIG, PLACE)
+    (path / STATE).write_text(json.dumps(state))
+    seal(path)
+    return path
+
+
+@pytest.fixture
+def recipe(recipe_content):
+    return check_recipe(recipe_content, "test")
+
+
+def test_names_sort_like_steps_and_unfinished_ones_do_not_count(tmp_path, recipe):
+    paths = [make_checkpoint(tmp_path, recipe, step) for step in (900, 1000, 100)]
+    (paths[1] / MANIFEST).unlink()
+    (tmp_path / "checkpoints" / "partial-step-00002000").mkdir()
+    assert [p.name for p in whole_checkpoints(tmp_path / "checkpoints")] == ["step-00000100", "step-00000900"]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: flip(c / "deepspeed" / "state.pt"), r"state\.pt has changed"),
+        (lambda c: (c / STUDENT).write_bytes(b"short"), r"student\.safetensors is missing or truncated"),
+        (lambda c: (c / "deepspeed" / "state.pt").unlink(), "missing or truncated"),
+        (lambda c: (c / "planted.pt").write_bytes(b"x"), "not in its manifest"),
+        (lambda c: (c / MANIFEST).write_text("{"), "never finished"),
+        (lambda c: (c / MANIFEST).write_text((c / MANIFEST).read_text().replace(STATE, "../../" + STATE)), "leads out"),
+    ],
+)
+def test_damage_is_found_and_named(tmp_path, recipe, damage, message):
+    checkpoint = make_checkpoint(tmp_path, recipe, 5)
+    verify(checkpoint)
+    damage(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        verify(checkpoint)
+
+
+def test_resume_finds_the_newest_checkpoint_of_the_same_recipe(tmp_path, recipe, recipe_content):
+    assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto") is None
+    make_checkpoint(tmp_path, recipe, 3)
+    newest = make_checkpoint(tmp_path, recipe, 6)
+    assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto") == newest
+    logs_more = check_recipe({**recipe_content, "logging": {"every_steps": 1}}, "test")
+    assert run_directory.enter(tmp_path, logs_more, CONFIG, PLACE, "auto") == newest
+
+
+def test_another_recipe_is_refused_and_the_difference_named(tmp_path, recipe, recipe_content):
+    run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto")
+    make_checkpoint(tmp_path, recipe, 3)
+    recipe_content["optimization"]["learning_rate"] = 0.5
+    other = check_recipe(recipe_content, "test")
+    with pytest.raises(ValueError, match=r"optimization\.learning_rate was 0\.001, now 0\.5"):
+        run_directory.enter(tmp_path, other, CONFIG, PLACE, "auto")
+
+
+@pytest.mark.parametrize(
+    ("place", "config", "message"),
+    [
+        (Place(rank=0, local_rank=0, world_size=2, device=torch.device("cpu")), CONFIG, r"saved with 1 process\(es\)"),
+        (PLACE, {**CONFIG, "zero_optimization": {"stage": 3}}, "saved with 2 as ZeRO stage"),
+    ],
+)
+def test_another_layout_is_refused(tmp_path, recipe, place, config, message):
+    make_checkpoint(tmp_path, recipe, 3)
+    with pytest.raises(ValueError, match=message):
+        run_directory.choose_checkpoint(tmp_path, recipe, config, place, "auto")
+
+
+def test_never_moves_the_earlier_run_aside(tmp_path, recipe):
+    run = tmp_path / "run"
+    run_directory.enter(run, recipe, CONFIG, PLACE, "auto")
+    make_checkpoint(run, recipe, 3)
+    assert run_directory.enter(run, recipe, CONFIG, PLACE, "never") is None
+    aside = [p for p in tmp_path.iterdir() if p.name.startswith("run.")]
+    assert len(aside) == 1
+    assert whole_checkpoints(aside[0] / "checkpoints")
+    assert not whole_checkpoints(run / "checkpoints")
+
+
+def test_a_run_directory_tells_how_it_was_made_but_not_where(tmp_path, recipe):
+    run_directory.enter(tmp_path / "run", recipe, CONFIG, PLACE, "auto")
+    text = (tmp_path / "run" / "run.json").read_text()
+    assert '"torch"' in text
+    assert os.uname().nodename not in text
+
+
+def test_slurm_variables_become_a_place(monkeypatch):
+    place = find_place({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "DS_ACCELERATOR": "cpu"})
+    assert (place.rank, place.world_size, place.local_rank) == (3, 4, 1)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    single = rendezvous(find_place({"DS_ACCELERATOR": "cpu"}))
+    assert single["WORLD_SIZE"] == "1"
+    assert single["MASTER_ADDR"] == "127.0.0.1"

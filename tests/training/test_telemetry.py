@@ -1,0 +1,71 @@
+import json
+
+import pytest
+import torch
+
+from dsdistill.core import Losses
+from dsdistill.training.dist import Place
+from dsdistill.training.telemetry import LossSums, Stopwatch, Telemetry, keep_entries, read_metrics
+
+CPU = torch.device("cpu")
+PLACE = Place(rank=0, local_rank=0, world_size=1, device=CPU)
+
+
+def losses(first: float, second: float) -> Losses:
+    return Losses(torch.tensor(first + second), {"first": torch.tensor(first), "second": torch.tensor(second)})
+
+
+def test_sums_are_means_over_micro_batches_since_the_last_reading():
+    sums = LossSums(CPU)
+    sums.add(losses(1.0, 3.0), 1)
+    sums.add(losses(2.0, 5.0), 1)
+    assert sums.read() == {"total": 5.5, "first": 1.5, "second": 4.0}
+    sums.add(losses(7.0, 0.0), 2)
+    assert sums.read() == {"total": 7.0, "first": 7.0, "second": 0.0}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_term_that_is_not_finite_is_named_with_its_step(bad):
+    sums = LossSums(CPU)
+    for step in (1, 2, 3, 4):
+        sums.add(losses(1.0, bad if step >= 3 else 1.0), step)
+    with pytest.raises(FloatingPointError, match="'second' was not finite at step 3"):
+        sums.read()
+
+
+def test_adding_never_waits_for_the_device():
+    with torch.device("meta"):
+        sums = LossSums(torch.device("meta"))
+        for step in range(3):
+            sums.add(Losses(torch.ones(()), {"x": torch.ones(())}), step)
+
+
+def test_the_stopwatch_adds_up_parts():
+    watch = Stopwatch(CPU)
+    for _ in range(2):
+        with watch.part("data"):
+            pass
+    assert len(watch.spans) == 2
+    assert watch.read()["data"] > 0
+    assert watch.read()["data"] == 0
+
+
+def test_a_resumed_run_drops_the_entries_it_will_write_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in (2, 4, 6)) + '{"kind": "tr')
+    keep_entries(path, 4)
+    assert [entry["step"] for entry in read_metrics(path)] == [2, 4]
+
+
+def test_lines_are_plain_without_a_terminal(tmp_path, capsys):
+    telemetry = Telemetry(tmp_path, PLACE, first_step=0, last_step=10)
+    telemetry.sums.add(losses(1.0, 2.0), 1)
+    telemetry.training(5, 640, 5, {"optimization/learning_rate": 0.1})
+    telemetry.evaluation(5, {"total": 3.0, "first": 1.0})
+    telemetry.close()
+    shown = capsys.readouterr()
+    assert "step 5/10  loss 3.0000" in shown.err
+    assert "held-out objective 3.0000 (first 1.0000)" in shown.err
+    assert shown.out == ""
+    kinds = [entry["kind"] for entry in read_metrics(tmp_path / "metrics.jsonl")]
+    assert kinds == ["train", "held_out"]
