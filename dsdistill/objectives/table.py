@@ -7,6 +7,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from dsdistill.objectives.registry import OBJECTIVES, Objective
 
+MARKERS = ("<!-- objectives -->", "<!-- /objectives -->")
+"""What stands before and after the table in a document, each on a line of its own."""
+
 COLUMNS = ("name", "equation", "paper", "student signals", "teacher signals", "parameters")
 
 
@@ -15,6 +18,20 @@ def markdown_table() -> str:
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     rows += [_cells(OBJECTIVES[name]) for name in sorted(OBJECTIVES)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def with_table(document: str) -> str:
+    """A document with the table as it is now between its markers.
+
+    Raises:
+        ValueError: If it does not have each marker once, in order.
+    """
+    start, end = MARKERS
+    before, found, rest = document.partition(f"{start}\n")
+    old, closed, after = rest.partition(f"{end}\n")
+    if not (found and closed) or any(marker in part for marker in MARKERS for part in (before, old, after)):
+        raise ValueError(f"has no single pair of lines {start} and {end} for the table of objectives; put them in")
+    return f"{before}{start}\n{markdown_table()}{end}\n{after}"
 
 
 def _cells(entry: Objective) -> tuple[str, ...]:
