@@ -1,50 +1,44 @@
-"""Turns the weights of a teacher-shaped model into those of a narrower one: each axis of each weight gets a basis.
+"""Turns the weights of a teacher-shaped model into those of a narrower one: each axis of each weight keeps some places.
 
-Every weight W becomes B_out^T W B_in, where B (teacher's size, student's size) has orthogonal columns and stands for
-one axis: the residual stream (one B for the whole model), each layer's queries and keys, its values, and its neurons.
-Axes that keep their size keep their order, so nothing changes there.
+The axes are the residual stream (chosen once for the whole model), and in each layer the heads with their dimensions,
+and the neurons of the feed-forward part.
 
-`slice` takes the first coordinates, heads and neurons everywhere.
+`slice` keeps the first places everywhere.
 
-`heads` takes the most important ones: coordinates of the residual stream by their energy behind the layer norms (the
-sum of g^2 + b^2 over all norms, which is the second moment of what each norm puts out), heads of each layer by what
-they can write (Frobenius norm of W_V W_O), neurons by |w_in| |w_out|. Within a head it takes the first dimensions.
+`importance` keeps the coordinates of the residual stream with the most energy behind the layer norms (the sum of
+g^2 + b^2 over all norms with factors g and offsets b, the second moment of what each norm puts out), the heads of each
+layer that can write most (Frobenius norm of W_V W_O), and the neurons with the largest |w_in| |w_out|. Within a head it
+keeps the first dimensions, because nothing better was found.
 
-`svd` is `heads` with a truncated singular value decomposition within each head that has to shrink: queries and keys
-are projected on the leading left singular vectors of [W_Q W_K], values on those of [W_V W_O^T]. Queries and keys are
-also scaled by (D'/D)^(1/4), D and D' being the old and new width per head, so that scores keep their size under
-1/sqrt(D').
-
-The residual stream itself is never turned: layer norms act on coordinates and have no exact counterpart in another
-basis. Its principal subspace was tried and lost to selection (benchmarks/resize.md).
+Truncated singular value decompositions, of the residual stream and within heads, were tried and lost to this choice:
+a layer norm acts on coordinates and has no exact counterpart in another basis (benchmarks/resize.md).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Resize = Literal["slice", "heads", "svd"]
+Resize = Literal["slice", "importance"]
 
 STREAM = "stream"
 NORM = re.compile(r"(LayerNorm|layer_norm)\.")
 AXES = (
     (NORM, (STREAM,)),
-    (re.compile(r"attention\.self\.(query|key)\."), ("match", STREAM)),
-    (re.compile(r"attention\.self\.value\."), ("content", STREAM)),
-    (re.compile(r"attention\.output\.dense\."), (STREAM, "content")),
+    (re.compile(r"attention\.self\.(query|key|value)\."), ("heads", STREAM)),
+    (re.compile(r"attention\.output\.dense\."), (STREAM, "heads")),
     (re.compile(r"intermediate\.dense\."), ("neurons", STREAM)),
     (re.compile(r"\d\.output\.dense\."), (STREAM, "neurons")),
     (re.compile(r"(transform|pooler|lm_head)\.dense\."), (STREAM, STREAM)),
     (re.compile(r"(decoder|_embeddings)\.weight$"), (None, STREAM)),
     (re.compile(r"(predictions|decoder|lm_head)\.bias$"), (None,)),
 )
-"""What the axes of a weight are, by its name in BERT, RoBERTa and their kin; the first match counts, None stays."""
+"""What the axes of a weight are, by its name in BERT, RoBERTa and their kin; the first match counts, None is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +69,13 @@ def resize_weights(weights: Mapping[str, Tensor], old: Sizes, new: Sizes, method
     """Weights of a narrower model.
 
     Args:
-        weights: State dict of a model of `old` sizes, any float dtype.
+        weights: State dict of a model of `old` sizes.
         old: Its sizes.
         new: Sizes wanted, none larger.
         method: See the top of this file.
 
     Returns:
-        State dict for a model of `new` sizes, of the same dtypes.
+        State dict for a model of `new` sizes.
 
     Raises:
         ValueError: If a size would grow, or a weight is none of those in `AXES`.
@@ -91,18 +85,18 @@ def resize_weights(weights: Mapping[str, Tensor], old: Sizes, new: Sizes, method
         if after > before:
             raise ValueError(f"student.resize can only shrink, but {field.name} grows from {before} to {after}")
     axes = {name: _axes(name) for name in weights}
-    precise = {name: tensor.double() for name, tensor in weights.items()}
-    bases = {STREAM: _stream_basis(precise, old.width, new.width, method)}
-    for layer in {_layer_of(name) for name in weights if "attention.self.query" in name}:
-        parts = {name.removeprefix(layer): tensor for name, tensor in precise.items() if name.startswith(layer)}
-        bases |= {layer + axis: basis for axis, basis in _layer_bases(parts, old, new, method).items()}
+    kept = {STREAM: _kept_coordinates(weights, new, method)}
+    for layer in {_layer_of(name) for name, where in axes.items() if "heads" in where}:
+        parts = {name.removeprefix(layer): tensor for name, tensor in weights.items() if name.startswith(layer)}
+        kept[f"{layer}heads"] = _kept_dimensions(parts, old, new, method)
+        kept[f"{layer}neurons"] = _kept_neurons(parts, new, method)
     resized = {}
-    for name, tensor in precise.items():
+    for name, tensor in weights.items():
         for dim, axis in enumerate(axes[name][: tensor.dim()]):
             if axis is not None:
-                basis = bases[axis if axis == STREAM else _layer_of(name) + axis]
-                tensor = (tensor.movedim(dim, -1) @ basis).movedim(-1, dim)
-        resized[name] = tensor.to(weights[name].dtype)
+                places = kept[axis if axis == STREAM else _layer_of(name) + axis]
+                tensor = tensor.index_select(dim, places.to(tensor.device))
+        resized[name] = tensor
     return resized
 
 
@@ -119,46 +113,31 @@ def _layer_of(name: str) -> str:
     return head + number
 
 
-def _stream_basis(weights: Mapping[str, Tensor], old: int, new: int, method: Resize) -> Tensor:
+def _kept_coordinates(weights: Mapping[str, Tensor], new: Sizes, method: Resize) -> Tensor:
     if method == "slice":
-        return _selection(old, range(new))
-    energy = torch.stack([tensor for name, tensor in weights.items() if NORM.search(name)]).square().sum(0)
-    return _selection(old, _largest(energy, new))
+        return torch.arange(new.width)
+    norms = [tensor for name, tensor in weights.items() if NORM.search(name)]
+    return _largest(torch.stack(norms).square().sum(0), new.width)
 
 
-def _layer_bases(weights: Mapping[str, Tensor], old: Sizes, new: Sizes, method: Resize) -> dict[str, Tensor]:
-    """Bases of the axes inside one layer; `weights` by their names in the layer."""
-    heads, neurons = range(new.num_heads), range(new.neurons)
-    split = (old.num_heads, old.head_width)
-    query, key, value = (weights[f"attention.self.{x}.weight"].unflatten(0, split) for x in ("query", "key", "value"))
-    out = weights["attention.output.dense.weight"].T.unflatten(0, split)  # (H, D, E), as the others
-    if method != "slice":
+def _kept_dimensions(weights: Mapping[str, Tensor], old: Sizes, new: Sizes, method: Resize) -> Tensor:
+    """Places on the axis of heads and their dimensions, head by head."""
+    heads = torch.arange(new.num_heads)
+    if method == "importance":
+        split = (old.num_heads, old.head_width)
+        value = weights["attention.self.value.weight"].unflatten(0, split)
+        out = weights["attention.output.dense.weight"].T.unflatten(0, split)
         heads = _largest((value.transpose(1, 2) @ out).flatten(1).norm(dim=1), new.num_heads)
-        into, back = weights["intermediate.dense.weight"], weights["output.dense.weight"]
-        neurons = _largest(into.norm(dim=1) * back.norm(dim=0), new.neurons)
-    scale = (new.head_width / old.head_width) ** 0.25 if method == "svd" else 1.0
-    return {
-        "match": scale * _head_basis(torch.cat([query, key], 2), heads, new.head_width, method),
-        "content": _head_basis(torch.cat([value, out], 2), heads, new.head_width, method),
-        "neurons": _selection(old.neurons, neurons),
-    }
+    return (heads[:, None] * old.head_width + torch.arange(new.head_width)).flatten()
 
 
-def _head_basis(parts_HDX: Tensor, heads: Sequence[int], width: int, method: Resize) -> Tensor:
-    """Block-diagonal basis (H * D, H' * D') of the chosen heads; `parts_HDX` is what each head has to span."""
-    H, D, _ = parts_HDX.shape
-    blocks = parts_HDX.new_zeros(H, D, len(heads), width)
-    for place, head in enumerate(heads):
-        shrinks = method == "svd" and width < D
-        vectors = torch.linalg.svd(parts_HDX[head], full_matrices=False).U if shrinks else torch.eye(D).to(blocks)
-        blocks[head, :, place] = vectors[:, :width]
-    return blocks.reshape(H * D, len(heads) * width)
+def _kept_neurons(weights: Mapping[str, Tensor], new: Sizes, method: Resize) -> Tensor:
+    if method == "slice":
+        return torch.arange(new.neurons)
+    into, back = weights["intermediate.dense.weight"], weights["output.dense.weight"]
+    return _largest(into.norm(dim=1) * back.norm(dim=0), new.neurons)
 
 
-def _selection(old: int, chosen: Sequence[int]) -> Tensor:
-    return torch.eye(old, dtype=torch.float64)[:, list(chosen)]
-
-
-def _largest(importance: Tensor, count: int) -> list[int]:
+def _largest(importance: Tensor, count: int) -> Tensor:
     """The most important places, in their old order."""
-    return sorted(importance.topk(count).indices.tolist())
+    return importance.topk(count).indices.sort().values.cpu()

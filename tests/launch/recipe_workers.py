@@ -18,6 +18,24 @@ PER_RECIPE = {
 }
 """What a teacher of width 32 with 4 heads asks for; everything else runs as shipped."""
 
+MORE = {
+    "kd at all positions of unmasked text": (
+        RECIPES / "study" / "vanilla_kd.yaml",
+        ["objectives=[{objective: kd}]", "masking={probability: 0, targets: all}"],
+    ),
+    "narrower student from the teacher": (
+        RECIPES / "mobilebert.yaml",
+        ["student.init=uniform", "student.resize=importance"],
+    ),
+}
+"""Settings that no shipped recipe has."""
+
+
+def cases() -> dict[str, tuple[Path, list[str]]]:
+    """Recipe file and overrides by name."""
+    shipped = {str(path.relative_to(RECIPES).with_suffix("")): (path, []) for path in sorted(RECIPES.rglob("*.yaml"))}
+    return shipped | MORE
+
 
 def short_overrides(steps: int) -> list[str]:
     return [
@@ -32,28 +50,28 @@ def short_overrides(steps: int) -> list[str]:
 
 
 def run_all(teacher: str, corpus: str, output: str, steps: int, stages: list[int]) -> None:
-    """Run every recipe at every ZeRO stage; write held-out losses before and after to `losses.json`."""
+    """Run every case at every ZeRO stage; write held-out losses before and after to `losses.json`."""
     place = find_place()
     start_processes(place)
     losses = {}
-    for path in sorted(RECIPES.rglob("*.yaml")):
+    for name, (path, overrides) in cases().items():
         for stage in stages:
-            name = f"{path.relative_to(RECIPES).with_suffix('')} at ZeRO {stage}"
-            directory = Path(output) / name.replace("/", "-").replace(" ", "-")
+            directory = Path(output) / str(len(losses))
             recipe = read_recipe(
                 path,
                 [
                     *short_overrides(steps),
                     *PER_RECIPE.get(path.stem, []),
+                    *overrides,
                     f"teacher.model={teacher}",
                     f"corpus.directory={corpus}",
                     f"output={directory}",
                 ],
             )
-            plan = make_plan(
-                recipe, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}, place
-            )
+            ds_json = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
+            plan = make_plan(recipe, ds_json, place)
             distil(plan, *open_corpus(recipe, plan, place), place, "never")
-            losses[name] = [held_out_at(directory, index)["total"] for index in (0, -1)]
-            assert all(math.isfinite(loss) for loss in losses[name]), (name, losses[name])
+            pair = [held_out_at(directory, index)["total"] for index in (0, -1)]
+            assert all(math.isfinite(loss) and loss > 0 for loss in pair), (name, pair)
+            losses[f"{name} at ZeRO {stage}"] = pair
     (Path(output) / "losses.json").write_text(json.dumps(losses))

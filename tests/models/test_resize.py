@@ -18,8 +18,7 @@ from dsdistill.config.recipe import check_recipe
 from dsdistill.models.resize import Sizes, resize_weights, sizes_of
 from dsdistill.models.student import build_student, student_config
 
-METHODS = ("slice", "heads", "svd")
-CHOOSING = ("heads", "svd")
+METHODS = ("slice", "importance")
 OLD = Sizes(width=12, num_heads=3, head_width=4, neurons=10)
 SIZES = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 10}
 
@@ -54,35 +53,12 @@ def test_equal_sizes_change_nothing(method):
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
 
 
-def test_svd_within_heads_is_exact_for_heads_of_low_rank():
-    """Scores, and their size under the new scaling, and what heads write; slicing loses some of both."""
-    weights = bert().state_dict()
-    for one, other in (("query", "key"), ("value", "out")):
-        left = in_layer(weights, f"attention.self.{one}.weight")
-        name = "attention.output.dense.weight" if other == "out" else f"attention.self.{other}.weight"
-        right = in_layer(weights, name).T if other == "out" else in_layer(weights, name)
-        for head in range(3):
-            rows = slice(4 * head, 4 * head + 4)
-            basis = torch.linalg.qr(torch.randn(4, 2, dtype=torch.float64)).Q
-            for matrix in (left, right):
-                matrix[rows] = basis @ torch.randn(2, 12, dtype=torch.float64)
-        weights[f"bert.encoder.layer.1.attention.self.{one}.weight"] = left
-        weights[f"bert.encoder.layer.1.{name}"] = right.T if other == "out" else right
-    new = Sizes(width=12, num_heads=3, head_width=2, neurons=10)
-    expected = products(weights, 3)
-    for got, want in zip(products(resize_weights(weights, OLD, new, "svd"), 3), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    for got, want in zip(products(resize_weights(weights, OLD, new, "heads"), 3), expected, strict=True):
-        assert not torch.allclose(got, want, rtol=0.1, atol=0.1)
-
-
-@pytest.mark.parametrize("method", CHOOSING)
-def test_heads_and_neurons_that_write_nothing_go_first(method):
+def test_heads_and_neurons_that_write_nothing_go_first():
     weights = bert().state_dict()
     layer = "bert.encoder.layer.1."
     weights[f"{layer}attention.output.dense.weight"][:, 4:8] = 0
     weights[f"{layer}output.dense.weight"][:, [0, 7]] = 0
-    got = resize_weights(weights, OLD, Sizes(width=12, num_heads=2, head_width=4, neurons=8), method)
+    got = resize_weights(weights, OLD, Sizes(width=12, num_heads=2, head_width=4, neurons=8), "importance")
     for mine, whole in zip(products(got, 2), products(weights, 3), strict=True):
         torch.testing.assert_close(mine, whole[[0, 2]], rtol=1e-12, atol=1e-12)
     kept = [1, 2, 3, 4, 5, 6, 8, 9]
@@ -91,14 +67,13 @@ def test_heads_and_neurons_that_write_nothing_go_first(method):
     )
 
 
-@pytest.mark.parametrize("method", CHOOSING)
-def test_coordinates_with_energy_behind_the_norms_stay_everywhere(method):
+def test_coordinates_with_energy_behind_the_norms_stay_everywhere():
     weights = bert().state_dict()
     strong = [1, 2, 5, 6, 8, 11]
     for name, tensor in weights.items():
         if "LayerNorm" in name:
             tensor[strong] += 100.0
-    got = resize_weights(weights, OLD, Sizes(width=6, num_heads=3, head_width=4, neurons=10), method)
+    got = resize_weights(weights, OLD, Sizes(width=6, num_heads=3, head_width=4, neurons=10), "importance")
     for name in ("embeddings.word_embeddings.weight", "embeddings.LayerNorm.bias", "encoder.layer.0.output.dense.bias"):
         torch.testing.assert_close(got[f"bert.{name}"], weights[f"bert.{name}"][..., strong], rtol=0, atol=0)
     query = "bert.encoder.layer.2.attention.self.query.weight"
@@ -125,9 +100,17 @@ def shape(heads: int) -> dict[str, int]:
     return {"hidden_size": 6 if heads == 3 else 4, "num_attention_heads": heads, "intermediate_size": 7}
 
 
+def test_slicing_keeps_the_first_dimensions_of_the_first_heads():
+    weights = bert().state_dict()
+    got = resize_weights(weights, OLD, Sizes(width=6, num_heads=2, head_width=3, neurons=4), "slice")
+    key, out = "bert.encoder.layer.2.attention.self.key", "bert.encoder.layer.2.attention.output.dense.weight"
+    torch.testing.assert_close(got[f"{key}.bias"], weights[f"{key}.bias"][[0, 1, 2, 4, 5, 6]], rtol=0, atol=0)
+    torch.testing.assert_close(got[out], weights[out][:6][:, [0, 1, 2, 4, 5, 6]], rtol=0, atol=0)
+
+
 def test_what_cannot_be_resized_is_refused():
     with pytest.raises(ValueError, match="head_width grows from 4 to 6"):
-        resize_weights(bert().state_dict(), OLD, Sizes(width=12, num_heads=2, head_width=6, neurons=10), "svd")
+        resize_weights(bert().state_dict(), OLD, Sizes(width=12, num_heads=2, head_width=6, neurons=10), "slice")
     with pytest.raises(ValueError, match="multiple"):
         sizes_of(BertConfig(hidden_size=10, num_attention_heads=3))
     modern = ModernBertForMaskedLM(ModernBertConfig(**SIZES, pad_token_id=0, global_attn_every_n_layers=1))
@@ -164,8 +147,8 @@ def test_a_student_starts_from_another_checkpoint(tmp_path):
     [
         ({"num_layers": 2}, "give either `init` or `init_from`"),
         ({"num_layers": 2, "init": "lower", "init_from": "x"}, "give either `init` or `init_from`"),
-        ({"num_layers": 2, "init": "random", "resize": "svd"}, "has no effect"),
-        ({"num_layers": 2, "init_from": "x", "resize": "svd"}, "has no effect"),
+        ({"num_layers": 2, "init": "random", "resize": "slice"}, "has no effect"),
+        ({"num_layers": 2, "init_from": "x", "resize": "slice"}, "has no effect"),
         ({"num_layers": 2, "init": "lower", "resize": "cut"}, "student.resize"),
     ],
 )
