@@ -11,17 +11,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsdistill.training import signals
+
 RECIPES = Path(__file__).parent / "recipes"
 BAD_INPUT, FAULT = 2, 1
+EPILOG = """\
+examples:
+  deepspeed launch/pretrain_distill.py --ds_config ds_configs/zero2.json
+  deepspeed --num_gpus 2 launch/pretrain_distill.py --ds_config ds_configs/zero2.json
+      --recipe launch/recipes/minilmv2.yaml --set corpus.directory=data/mine --set teacher.model=path/to/bert
+
+exit codes of each process:
+  0  done    1  fault    2  bad input, nothing was started
+  3  stopped by Ctrl-C, SIGTERM or SIGUSR1: the step in work and the next were finished and saved, and the same
+     command goes on from there; a second Ctrl-C stops at once
+
+The deepspeed launcher passes a code of 3 on, but itself ends with 1 when it is signalled: it then sends SIGTERM to
+one process after the other and kills what is left after 30 s. Signal the processes instead (scancel, srun), or start
+them without it.
+"""
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Distil an encoder on unlabelled text.",
-        epilog="examples: deepspeed launch/pretrain_distill.py --ds_config ds_configs/zero2.json | "
-        "deepspeed --num_gpus 2 launch/pretrain_distill.py --ds_config ds_configs/zero2.json "
-        "--recipe launch/recipes/minilmv2.yaml --set corpus.directory=data/mine --set teacher.model=path/to/bert",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--ds_config", required=True, type=Path, help="DeepSpeed JSON: how the run runs")
     parser.add_argument(
@@ -87,8 +103,12 @@ def main() -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAULT
+    except signals.StoppedError as error:
+        print(f"{error}; the same command goes on from there", file=sys.stderr)
+        return signals.STOPPED
     return 0
 
 
 if __name__ == "__main__":
+    signals.install()  # before torch is imported: SLURM does not wait for that
     sys.exit(main())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -155,8 +158,26 @@ def train_batches(
         collate_fn=_pack_in_worker,  # pyright: ignore[reportArgumentType]  # declared for lists, but batch_size is None
         prefetch_factor=4 if num_workers else None,
         multiprocessing_context=start_method if num_workers else None,
+        worker_init_fn=_stay_until_dismissed if num_workers else None,
         generator=torch.Generator().manual_seed(0),  # otherwise it draws from the global one, and dropout changes
     )
+
+
+def _stay_until_dismissed(_worker: int) -> None:
+    """Let a worker outlive the signals that ask a whole job to stop: its rank still needs batches for a last step.
+
+    A terminal, SLURM and the deepspeed launcher signal workers too; SIGTERM counts only if the rank itself sends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_leave_when_dismissed, daemon=True).start()
+
+
+def _leave_when_dismissed() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @dataclass(frozen=True, slots=True)

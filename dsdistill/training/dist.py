@@ -81,6 +81,34 @@ def gather_rows(tensor: Tensor) -> Tensor:
     return torch.cat(all_gather(tensor))
 
 
+class Vote:
+    """Whether any rank wishes to stop, told to all ranks at the same step.
+
+    The wishes travel over the network while the step goes on, between CPUs, so that nobody waits for a GPU.
+
+    Args:
+        place: This process; every process must make its `Vote` at the same moment.
+    """
+
+    def __init__(self, place: Place):
+        self.group = dist.new_group(backend="gloo") if place.world_size > 1 else None
+        self.wish = torch.zeros(1)
+        self.sent: dist.Work | None = None
+
+    def cast(self, wish: bool) -> None:
+        """Say what this rank wishes; every rank must call this."""
+        self.wish.fill_(wish)
+        if self.group is not None:
+            self.sent = dist.all_reduce(self.wish, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+    def count(self) -> bool:
+        """Whether any rank wished to stop at the last `cast`; every rank must call this."""
+        if self.sent is not None:
+            self.sent.wait()
+            self.sent = None
+        return bool(self.wish.item())
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

@@ -11,7 +11,8 @@ from deepspeed import DeepSpeedEngine
 
 from dsdistill.config.recipe import Recipe
 from dsdistill.core import NOTHING, Batch, Features
-from dsdistill.training.dist import Place
+from dsdistill.training import signals
+from dsdistill.training.dist import Place, Vote
 from dsdistill.training.engine import backward, optimizer_of
 from dsdistill.training.schedule import learning_rate
 from dsdistill.training.telemetry import LossSums, Telemetry
@@ -47,21 +48,31 @@ class Stage:
 
 
 def train(stage: Stage) -> None:
-    """Run a stage from `first_step` to its last step."""
+    """Run a stage from `first_step` to its last step.
+
+    Raises:
+        StoppedError: On all ranks alike, if a signal asked any of them to stop; what was done is saved.
+    """
     recipe, telemetry = stage.recipe, stage.telemetry
     last_step = recipe.optimization.steps
-    batches = iter(stage.batches)
-    if stage.first_step == 0:
+    vote = Vote(stage.place)
+    vote.cast(signals.received() is not None)
+    saved = stage.first_step
+    if stage.first_step == 0 and not vote.count():
         evaluate_now(stage, 0)
+    batches = iter(stage.batches)
     logged, tokens = stage.first_step, 0
     telemetry.pause()
     for step in range(stage.first_step, last_step):
         done = step + 1
-        saves = done % recipe.checkpoint.every_steps == 0 or done == last_step
+        stopping = vote.count()
+        if stopping and saved == step:
+            raise signals.StoppedError(f"stopped; {step} of {last_step} steps are done and saved")
+        saves = stopping or done % recipe.checkpoint.every_steps == 0 or done == last_step
         evaluates = done % recipe.evaluation.every_steps == 0 or done == last_step
         # a checkpoint is never written of a step whose losses nobody has looked at
         logs = saves or evaluates or done % recipe.logging.every_steps == 0
-        read, norm = train_step(stage, batches, step, measure=logs)
+        read, norm = train_step(stage, batches, step, vote, measure=logs)
         tokens += read
         if logs:
             scalars = engine_scalars(stage.engine, recipe, step) | {"optimization/grad_norm": norm}
@@ -71,12 +82,15 @@ def train(stage: Stage) -> None:
             evaluate_now(stage, done)
         if saves:
             stage.save(done)
+            saved = done
         if saves or evaluates:
             telemetry.pause()
+        if stopping and done < last_step:
+            raise signals.StoppedError(f"stopped; {done} of {last_step} steps are done and saved")
 
 
-def train_step(stage: Stage, batches: Iterator[Batch], step: int, *, measure: bool) -> tuple[int, float]:
-    """One optimizer step.
+def train_step(stage: Stage, batches: Iterator[Batch], step: int, vote: Vote, *, measure: bool) -> tuple[int, float]:
+    """One optimizer step, with the vote about the next.
 
     Returns:
         Tokens that this rank read, and with `measure` the gradient's norm (else 0).
@@ -98,6 +112,8 @@ def train_step(stage: Stage, batches: Iterator[Batch], step: int, *, measure: bo
             backward(engine, losses.total)
         if measure and engine.is_gradient_accumulation_boundary():
             norm = plain_gradient_norm(engine)
+        if engine.is_gradient_accumulation_boundary():
+            vote.cast(signals.received() is not None)
         with watch.part("step"):
             engine.step()
         tokens += batch.input_ids.numel()

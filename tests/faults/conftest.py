@@ -1,0 +1,23 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.faults.jobs import LONG, Job
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory):
+    """Gives, for a recipe and a number of processes, the directory of a run that nothing happened to."""
+    made = {}
+
+    def run(recipe: Path, world_size: int) -> Path:
+        content = yaml.safe_load(recipe.read_text())
+        key = (world_size, yaml.safe_dump(content | {"output": None}))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("unbroken") / "run"
+            job = Job(recipe, *LONG, "checkpoint.every_steps=1000", f"output={made[key]}", world_size=world_size)
+            assert not any(job.codes()), job.tails()
+        return made[key]
+
+    return run

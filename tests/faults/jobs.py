@@ -1,0 +1,81 @@
+"""The main job as real processes whose output is read while they run."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from dsdistill.training.dist import free_port
+from tests.workers import ROOT, environment
+
+STEPS = 100
+LONG = (f"optimization.steps={STEPS}", "evaluation.every_steps=1000")
+"""A run that takes a few seconds, so that something can happen to it."""
+
+SCRIPT = ROOT / "launch" / "pretrain_distill.py"
+
+
+class Job:
+    """One process per rank; output goes to files, so that nobody waits for a reader."""
+
+    def __init__(self, recipe: Path, *settings: str, world_size: int = 1, stage: int = 2, more: tuple[str, ...] = ()):
+        command = [sys.executable, str(SCRIPT), "--ds_config", str(ROOT / "ds_configs" / f"zero{stage}.json")]
+        command += ["--recipe", str(recipe), *more, *(part for setting in settings for part in ("--set", setting))]
+        port = free_port()
+        self.logs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (read until the end)
+        self.processes = [
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment(rank, world_size, port),
+                stdout=self.logs[rank],
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for rank in range(world_size)
+        ]
+
+    def output(self, rank: int) -> str:
+        self.logs[rank].seek(0)
+        return self.logs[rank].read()
+
+    def wait_until(self, happened: Callable[[], bool], timeout: float = 100) -> None:
+        deadline = time.monotonic() + timeout
+        while not happened():
+            assert time.monotonic() < deadline, self.tails()
+            assert all(process.poll() is None for process in self.processes), self.tails()
+            time.sleep(0.01)
+
+    def codes(self, timeout: float = 100) -> list[int]:
+        deadline = time.monotonic() + timeout
+        try:
+            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError("still running:\n" + self.tails()) from None
+
+    def kill(self) -> None:
+        """All processes of the job, workers too."""
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def tails(self) -> str:
+        return "\n".join(f"--- rank {i}\n{self.output(i)[-3000:]}" for i in range(len(self.processes)))
+
+
+def assert_same_weights(one: Path, other: Path, step: int) -> None:
+    """The students of two run directories are equal bit for bit."""
+    name = f"checkpoints/step-{step:08d}/student.safetensors"
+    weights = [load_file(run / name) for run in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    different = [name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])]
+    assert not different, f"{different[0]} and {len(different) - 1} others differ"
