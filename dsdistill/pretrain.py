@@ -1,0 +1,364 @@
+"""Task-agnostic distillation, from recipe and DeepSpeed JSON to an exported student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from dsdistill.config.deepspeed import fill_auto
+from dsdistill.config.recipe import Recipe
+from dsdistill.core import NOTHING, Batch
+from dsdistill.corpus.loader import held_out_batches, train_batches
+from dsdistill.corpus.masking import Masker
+from dsdistill.corpus.prepare import prepare
+from dsdistill.corpus.store import Corpus
+from dsdistill.models.capture import Captured, Wanted
+from dsdistill.models.export import save_skeleton
+from dsdistill.models.families import max_length, shape_of
+from dsdistill.models.loading import (
+    Source,
+    has_head,
+    has_masked_lm_architecture,
+    load_config,
+    load_encoder,
+    load_tokenizer,
+)
+from dsdistill.models.student import build_student, student_config
+from dsdistill.models.teacher import ResidentTeacher
+from dsdistill.objectives.mapping import initial_layers
+from dsdistill.summary import summarize
+from dsdistill.training import run_directory, signals
+from dsdistill.training.checkpoint import load_checkpoint, save_checkpoint
+from dsdistill.training.dist import Place, find_place, gather_rows
+from dsdistill.training.distiller import BoundTerm, Distiller, bind_terms, freeze_unreached, wanted_signals
+from dsdistill.training.engine import half_precision, start_engine, start_processes, stop_processes, zero_stage
+from dsdistill.training.loop import Stage, train
+from dsdistill.training.telemetry import Telemetry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything decided before weights are read: what `--dry_run` checks and prints.
+
+    Attributes:
+        recipe: What is learned.
+        engine_config: DeepSpeed JSON, filled.
+        notes: What was decided on the way, for people.
+        source: The teacher.
+        teacher_config: Config of the complete teacher.
+        student_config: Config of the student.
+        layers: Teacher layers the student starts from, or None for random weights.
+        terms: Summands of the loss, bound to layers.
+        student_wants: Signals captured in the student.
+        teacher_wants: Signals captured in the teacher; empty if no term needs one.
+    """
+
+    recipe: Recipe
+    engine_config: dict[str, Any]
+    notes: list[str]
+    source: Source
+    teacher_config: PreTrainedConfig
+    student_config: PreTrainedConfig
+    layers: tuple[int, ...] | None
+    terms: list[BoundTerm]
+    student_wants: Wanted
+    teacher_wants: Wanted
+
+
+def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan:
+    """Check that recipe, JSON, models and text fit together.
+
+    Raises:
+        ValueError: With every problem found.
+    """
+    problems: list[str] = []
+
+    def attempt(action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except ValueError as error:
+            problems.append(str(error))
+
+    source = Source(
+        model=recipe.teacher.model,
+        revision=recipe.teacher.revision,
+        trust_remote_code=recipe.teacher.trust_remote_code,
+    )
+    row_length = attempt(lambda: row_length_of(recipe)) or 1
+    teacher = attempt(lambda: load_config(source))
+    if teacher is None:
+        raise ValueError("\n".join(problems))
+    settings = recipe.student
+    shape = shape_of(teacher)
+    layers = attempt(lambda: initial_layers(settings.init, settings.num_layers, shape.num_layers))
+    student = attempt(
+        lambda: student_config(
+            teacher, settings.num_layers, layers, dropout=settings.dropout, overrides=settings.overrides
+        )
+    )
+    terms = attempt(lambda: bind_terms(recipe, shape_of(student), shape)) if student is not None else None
+    filled = attempt(
+        lambda: fill_auto(
+            ds_json,
+            recipe.optimization,
+            world_size=place.world_size,
+            device_type=place.device.type,
+            row_length=row_length,
+        )
+    )
+    student_wants, teacher_wants = wanted_signals(terms or ())
+    if "logits" in student_wants:
+        problems += logit_problems(recipe, source, teacher, terms or ())
+    if problems or student is None or terms is None:
+        raise ValueError("\n".join(problems))
+    return Plan(
+        recipe=recipe,
+        engine_config=filled[0],
+        notes=filled[1],
+        source=source,
+        teacher_config=teacher,
+        student_config=student,
+        layers=layers,
+        terms=terms,
+        student_wants=student_wants,
+        teacher_wants=teacher_wants,
+    )
+
+
+def logit_problems(recipe: Recipe, source: Source, teacher: PreTrainedConfig, terms: Iterable[BoundTerm]) -> list[str]:
+    """What stands in the way of objectives that read logits, as far as configs tell."""
+    problems = []
+    if not has_masked_lm_architecture(teacher):
+        problems.append(missing_head(source))
+    reads_labels = any(term.objective.name == "mlm" for term in terms)
+    if recipe.masking.probability == 0 and (reads_labels or recipe.masking.targets == "masked"):
+        problems.append("masking.probability is 0, but an objective reads logits at masked positions; use 0.15")
+    return problems
+
+
+def describe_plan(plan: Plan, place: Place) -> str:
+    """The plan as a page for people."""
+    teacher, student = shape_of(plan.teacher_config), shape_of(plan.student_config)
+    optimization = plan.recipe.optimization
+    deepest = (
+        teacher.num_layers
+        if "logits" in plan.teacher_wants
+        else max((layer for layers in plan.teacher_wants.values() for layer in layers), default=0)
+    )
+    lines = [
+        f"run        {plan.recipe.name} -> {plan.recipe.output}",
+        f"teacher    {plan.source.model}: {teacher.num_layers} layers x {teacher.width}, {deepest} of them run",
+        f"student    {student.num_layers} layers x {student.width}, starting from {describe_start(plan)}",
+        *(
+            f"objective  {term.label} (weight {term.weight}): student layers {list(term.pairs.student)} "
+            f"{'together ' if term.pairs.combine else ''}with teacher layers {list(term.pairs.teacher)}"
+            for term in plan.terms
+        ),
+        f"training   {optimization.steps} steps of {optimization.global_batch} rows on {place.world_size} "
+        f"process(es), {place.device.type}, ZeRO {zero_stage(plan.engine_config)}, "
+        f"{str(half_precision(plan.engine_config)).removeprefix('torch.')}",
+        *(f"note       {note}" for note in plan.notes),
+    ]
+    return "\n".join(lines)
+
+
+def describe_start(plan: Plan) -> str:
+    """What the student's weights are before training."""
+    settings = plan.recipe.student
+    if settings.init_from is not None:
+        return str(settings.init_from)
+    if plan.layers is None:
+        return "random weights"
+    return f"teacher layers {list(plan.layers)}" + (f", made narrower by {settings.resize}" if settings.resize else "")
+
+
+def row_length_of(recipe: Recipe) -> int:
+    """Tokens per row, from the prepared corpus or from how it will be prepared.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    if recipe.corpus.prepare is not None:
+        return recipe.corpus.prepare.length
+    return min(Corpus.open(recipe.corpus.directory, split).length for split in ("train", "held_out"))
+
+
+def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "never"] | Path, dry_run: bool) -> None:
+    """The whole run on this process; every process of the job calls it.
+
+    Args:
+        recipe: What to learn.
+        ds_json: From `read_deepspeed_json`.
+        resume: `auto` goes on from the newest whole checkpoint of the same recipe, `never` moves an earlier run
+            aside, a path goes on from that checkpoint.
+        dry_run: Check and describe, write nothing.
+
+    Raises:
+        ValueError: On bad input, with every problem found.
+        FloatingPointError: If a loss term was not finite.
+        StoppedError: If a signal asked the run to stop.
+    """
+    place = find_place()
+    plan = make_plan(recipe, ds_json, place)
+    if place.is_first:
+        print(describe_plan(plan, place), flush=True)
+    if dry_run:
+        return
+    corpus, held_out, tokenizer = open_corpus(recipe, plan, place)
+    start_processes(place)
+    with signals.deferred():
+        distil(plan, corpus, held_out, tokenizer, place, resume)
+    if place.is_first:
+        print(summarize(recipe.output), flush=True)
+    stop_processes()
+
+
+def open_corpus(recipe: Recipe, plan: Plan, place: Place) -> tuple[Corpus, Corpus, PreTrainedTokenizerFast]:
+    """The two splits, prepared first if the recipe says how, and the teacher's tokenizer, which must be theirs.
+
+    Raises:
+        ValueError: If the corpus is missing, damaged, or was made for another tokenizer or longer rows.
+    """
+    if recipe.corpus.prepare is not None:
+        prepare(recipe.corpus.prepare, progress=place.is_first)
+    corpus, held_out = (Corpus.open(recipe.corpus.directory, split) for split in ("train", "held_out"))
+    tokenizer = load_tokenizer(plan.source)
+    corpus.check_tokenizer(tokenizer)
+    corpus.check_vocabulary(plan.teacher_config.vocab_size, model=plan.source.model)
+    longest = max_length(plan.teacher_config)
+    if longest is not None and corpus.length > longest:
+        raise ValueError(
+            f"rows of {recipe.corpus.directory} have {corpus.length} tokens, but {plan.source.model} takes {longest}; "
+            "prepare the corpus with a smaller length"
+        )
+    return corpus, held_out, tokenizer
+
+
+def distil(
+    plan: Plan,
+    corpus: Corpus,
+    held_out: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    place: Place,
+    resume: Literal["auto", "never"] | Path,
+) -> None:
+    """Build both models, train from the start or from where `resume` says, and save; nothing if that is done."""
+    recipe, config = plan.recipe, plan.engine_config
+    checkpoint = run_directory.enter(recipe.output, recipe, config, place, resume)
+    if checkpoint is not None and run_directory.step_of(checkpoint) == recipe.optimization.steps:
+        return
+    masker = Masker.from_tokenizer(
+        tokenizer, probability=recipe.masking.probability, whole_word=recipe.masking.whole_word
+    )
+    data = {"masker": masker, "with_labels": "logits" in plan.student_wants}
+    data["all_targets"] = recipe.masking.targets == "all"
+    batching = {"micro_batch": config["train_micro_batch_size_per_gpu"], "rank": place.rank}
+    batching["world_size"] = place.world_size
+
+    def batches(first_step: int) -> Iterable[Batch]:
+        return train_batches(
+            corpus,
+            **data,
+            **batching,
+            seed=recipe.seed,
+            global_batch=recipe.optimization.global_batch,
+            first_step=first_step,
+            last_step=recipe.optimization.steps,
+            pin_memory=place.device.type == "cuda",
+        )
+
+    student, teacher = build_models(plan, place)
+    if place.is_first:
+        save_skeleton(student, tokenizer, recipe.output / run_directory.SKELETON)
+    captured = capture_student(student, plan)
+    distiller = Distiller(
+        captured,
+        plan.terms,
+        shape=shape_of(plan.student_config),
+        teacher=shape_of(plan.teacher_config),
+        num_examples=corpus.num_rows,
+        gather=gather_rows,
+        seed=recipe.seed,
+    ).to(place.device)
+    probe = next(iter(held_out_batches(held_out, **data, rows=2, micro_batch=2, rank=0, world_size=1)))
+    probe = probe.to(place.device)
+    frozen = freeze_unreached(distiller, probe, teacher(probe) if teacher is not None else NOTHING)
+    engine = start_engine(distiller, recipe.optimization, config, place)
+    first_step = 0
+    if checkpoint is not None:
+        load_checkpoint(engine, checkpoint)
+        first_step = run_directory.step_of(checkpoint)
+    telemetry = Telemetry(recipe.output, place, first_step=first_step, last_step=recipe.optimization.steps)
+    telemetry.text("recipe", recipe.to_yaml())
+    if frozen:
+        telemetry.note(f"{len(frozen)} parameters that no objective reaches are frozen, such as {frozen[0]}")
+    if checkpoint is not None:
+        telemetry.note(f"resumed at step {first_step} from {checkpoint}")
+
+    def save(step: int) -> None:
+        state = run_directory.state_of(step, recipe, config, place)
+        directory = recipe.output / run_directory.CHECKPOINTS
+        save_checkpoint(engine, captured.model, directory, state, keep=recipe.checkpoint.keep)
+
+    try:
+        train(
+            Stage(
+                recipe=recipe,
+                engine=engine,
+                teacher=teacher,
+                batches=batches(first_step),
+                held_out=lambda: held_out_batches(held_out, **data, **batching, rows=recipe.evaluation.rows),
+                save=save,
+                place=place,
+                telemetry=telemetry,
+                first_step=first_step,
+            )
+        )
+    finally:
+        telemetry.close()
+
+
+def build_models(plan: Plan, place: Place) -> tuple[PreTrainedModel, ResidentTeacher | None]:
+    """The student in float32 with its first weights, and the frozen teacher, or None if nothing asks for one.
+
+    Raises:
+        ValueError: If the recipe wants logits of a model without a head.
+    """
+    recipe = plan.recipe
+    complete = load_encoder(plan.source)
+    if "logits" in {*plan.student_wants, *plan.teacher_wants} and not has_head(complete):
+        raise ValueError(missing_head(plan.source))
+    settings = recipe.student
+    student = build_student(
+        complete,
+        plan.student_config,
+        plan.layers,
+        seed=recipe.seed,
+        resize=settings.resize,
+        init_from=settings.init_from,
+    )
+    if not plan.teacher_wants:
+        return student, None
+    dtype = half_precision(plan.engine_config)
+    return student, ResidentTeacher(complete, plan.teacher_wants, device=place.device, dtype=dtype)
+
+
+def missing_head(source: Source) -> str:
+    """Why a recipe with logits cannot run on this teacher, and what can."""
+    return (
+        f"{source.model} has no masked-LM head, but an objective reads logits (kd, mlm): use a teacher saved with its "
+        "head, such as google-bert/bert-base-uncased, or objectives on relations, attention or hidden states"
+    )
+
+
+def capture_student(student: PreTrainedModel, plan: Plan) -> Captured:
+    """The student wired for capture, in training mode."""
+    captured = Captured(student, plan.student_wants)
+    if plan.recipe.student.activation_checkpointing:
+        student.gradient_checkpointing_enable()
+        captured.exempt_from_checkpointing()
+    return captured.train()
