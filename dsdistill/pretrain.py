@@ -27,7 +27,7 @@ from dsdistill.models.loading import (
     load_encoder,
     load_tokenizer,
 )
-from dsdistill.models.student import build_student, student_config
+from dsdistill.models.student import build_student, check_start, student_config
 from dsdistill.models.teacher import ResidentTeacher
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.summary import summarize
@@ -101,6 +101,8 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan:
         )
     )
     terms = attempt(lambda: bind_terms(recipe, shape_of(student), shape)) if student is not None else None
+    if student is not None:
+        attempt(lambda: check_start(teacher, student, resize=settings.resize, init_from=settings.init_from))
     filled = attempt(
         lambda: fill_auto(
             ds_json,

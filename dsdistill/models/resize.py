@@ -65,6 +65,18 @@ def sizes_of(config: Any) -> Sizes:
     return Sizes(width, heads, width // heads, config.intermediate_size)
 
 
+def check_shrinks(old: Sizes, new: Sizes) -> None:
+    """Refuse sizes that grow.
+
+    Raises:
+        ValueError: Names the size.
+    """
+    for field in fields(Sizes):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if after > before:
+            raise ValueError(f"student.resize can only shrink, but {field.name} grows from {before} to {after}")
+
+
 def resize_weights(weights: Mapping[str, Tensor], old: Sizes, new: Sizes, method: Resize) -> dict[str, Tensor]:
     """Weights of a narrower model.
 
@@ -80,10 +92,7 @@ def resize_weights(weights: Mapping[str, Tensor], old: Sizes, new: Sizes, method
     Raises:
         ValueError: If a size would grow, or a weight is none of those in `AXES`.
     """
-    for field in fields(Sizes):
-        before, after = getattr(old, field.name), getattr(new, field.name)
-        if after > before:
-            raise ValueError(f"student.resize can only shrink, but {field.name} grows from {before} to {after}")
+    check_shrinks(old, new)
     axes = {name: _axes(name) for name in weights}
     kept = {STREAM: _kept_coordinates(weights, new, method)}
     for layer in {_layer_of(name) for name, where in axes.items() if "heads" in where}:

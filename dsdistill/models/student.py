@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dsdistill.models.capture import ATTENTION
 from dsdistill.models.families import drop_pooler, encoder_of, keep_layers, layer_list
-from dsdistill.models.loading import Source, load_encoder
-from dsdistill.models.resize import Resize, resize_weights, sizes_of
+from dsdistill.models.loading import Source, load_config, load_encoder
+from dsdistill.models.resize import Resize, check_shrinks, resize_weights, sizes_of
 
 DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout"),
@@ -53,6 +53,30 @@ def student_config(
             raise ValueError(f"student.overrides: {name!r} is no config key of {config.model_type}")
         setattr(config, name, value)
     return config
+
+
+def check_start(
+    teacher: PreTrainedConfig, student: PreTrainedConfig, *, resize: Resize | None, init_from: Path | None
+) -> None:
+    """Refuse, as far as configs tell, a student that cannot start as asked.
+
+    Args:
+        teacher: Config of the whole teacher.
+        student: From `student_config`.
+        resize: As in `build_student`.
+        init_from: As in `build_student`.
+
+    Raises:
+        ValueError: If sizes would grow, or the checkpoint is missing or of another shape.
+    """
+    if resize is not None:
+        check_shrinks(sizes_of(teacher), sizes_of(student))
+    if init_from is not None:
+        found = load_config(Source(model=str(init_from)))
+        for name in ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
+            theirs, ours = getattr(found, name, None), getattr(student, name, None)
+            if theirs != ours:
+                raise ValueError(f"student.init_from={str(init_from)!r} has {name} {theirs}, the student {ours}")
 
 
 def build_student(

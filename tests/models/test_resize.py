@@ -16,7 +16,7 @@ from transformers import (
 
 from dsdistill.config.recipe import check_recipe
 from dsdistill.models.resize import Sizes, resize_weights, sizes_of
-from dsdistill.models.student import build_student, student_config
+from dsdistill.models.student import build_student, check_start, student_config
 
 METHODS = ("slice", "importance")
 OLD = Sizes(width=12, num_heads=3, head_width=4, neurons=10)
@@ -53,14 +53,15 @@ def test_equal_sizes_change_nothing(method):
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
 
 
-def test_heads_and_neurons_that_write_nothing_go_first():
+@pytest.mark.parametrize("silent", [0, 1, 2])
+def test_heads_and_neurons_that_write_nothing_go_first(silent):
     weights = bert().state_dict()
     layer = "bert.encoder.layer.1."
-    weights[f"{layer}attention.output.dense.weight"][:, 4:8] = 0
+    weights[f"{layer}attention.output.dense.weight"][:, 4 * silent : 4 * silent + 4] = 0
     weights[f"{layer}output.dense.weight"][:, [0, 7]] = 0
     got = resize_weights(weights, OLD, Sizes(width=12, num_heads=2, head_width=4, neurons=8), "importance")
     for mine, whole in zip(products(got, 2), products(weights, 3), strict=True):
-        torch.testing.assert_close(mine, whole[[0, 2]], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mine, whole[[head for head in range(3) if head != silent]], rtol=1e-12, atol=1e-12)
     kept = [1, 2, 3, 4, 5, 6, 8, 9]
     torch.testing.assert_close(
         got[f"{layer}intermediate.dense.bias"], weights[f"{layer}intermediate.dense.bias"][kept], rtol=0, atol=0
@@ -86,10 +87,17 @@ def test_coordinates_with_energy_behind_the_norms_stay_everywhere():
 def test_students_of_bert_and_roberta_run_and_keep_their_tied_head(method, heads):
     torch.manual_seed(0)
     roberta = RobertaForMaskedLM(RobertaConfig(**SIZES, max_position_embeddings=20)).eval()
+    for parameter in roberta.parameters():
+        parameter.data = torch.randn_like(parameter)
     for teacher in (bert(), roberta):
         config = student_config(teacher.config, 2, (1, 3), overrides=shape(heads))
         student = build_student(teacher, config, (1, 3), seed=0, resize=method)
         logits = student(input_ids=torch.arange(3, 13)[None]).logits
+        for mine, theirs in ((0, 0), (1, 2)):
+            bias = [
+                model.base_model.encoder.layer[i].output.dense.bias for model, i in ((student, mine), (teacher, theirs))
+            ]
+            assert torch.isin(bias[0], bias[1]).all()
         assert logits.shape == (1, 10, 50)
         assert logits.isfinite().all()
         assert student.get_input_embeddings().weight is student.get_output_embeddings().weight
@@ -120,6 +128,21 @@ def test_what_cannot_be_resized_is_refused():
     config = student_config(bert().config, 2, (1, 3), overrides={"hidden_size": 6})
     with pytest.raises(ValueError, match="resize"):
         build_student(bert(), config, (1, 3), seed=0)
+
+
+def test_starts_that_cannot_work_are_known_from_configs(tmp_path):
+    """So that a dry run reports them."""
+    teacher = bert()
+    teacher.save_pretrained(tmp_path)
+    narrower, wider = (student_config(teacher.config, 3, None, overrides={"intermediate_size": n}) for n in (8, 20))
+    check_start(teacher.config, narrower, resize="slice", init_from=None)
+    check_start(teacher.config, teacher.config, resize=None, init_from=tmp_path)
+    with pytest.raises(ValueError, match="neurons grows from 10 to 20"):
+        check_start(teacher.config, wider, resize="slice", init_from=None)
+    with pytest.raises(ValueError, match="intermediate_size 10, the student 20"):
+        check_start(teacher.config, wider, resize=None, init_from=tmp_path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        check_start(teacher.config, wider, resize=None, init_from=tmp_path / "nothing")
 
 
 def test_a_student_starts_from_another_checkpoint(tmp_path):
