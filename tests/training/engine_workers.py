@@ -21,8 +21,12 @@ from dsdistill.training.schedule import learning_rate
 STAGES = (0, 1, 2, 3)
 
 
-def ds_json(stage: int) -> dict:
-    return {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
+FP16 = {"enabled": True, "initial_scale_power": 8}
+
+
+def ds_json(stage: int, *, fp16: bool = False) -> dict:
+    plain = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
+    return {**plain, "fp16": FP16} if fp16 else plain
 
 
 def make_distiller(recipe: Recipe, stage: int, place):
@@ -106,8 +110,8 @@ def stop_after(batches: int):
     return failing
 
 
-def check_resume(content: dict) -> None:
-    """Six steps equal four, a stop, and three more from the checkpoint at three: bit for bit."""
+def check_resume(content: dict, *, fp16: bool = False) -> None:
+    """Six steps equal four, a stop, and three more from the checkpoint at three: bit for bit, but nearly on a GPU."""
     place = find_place()
     start_processes(place)
     output = Path(content["output"])
@@ -116,7 +120,7 @@ def check_resume(content: dict) -> None:
         results = []
         for kind in ("unbroken", "broken"):
             recipe = check_recipe({**content, "output": str(output / f"{kind}-{stage}")}, "test")
-            plan = make_plan(recipe, ds_json(stage), place)
+            plan = make_plan(recipe, ds_json(stage, fp16=fp16), place)
             opened = open_corpus(recipe, plan, place)
             if kind == "broken":
                 pretrain.train_batches = stop_after(4 * 8 // (2 * place.world_size))
@@ -130,14 +134,15 @@ def check_resume(content: dict) -> None:
             distil(plan, *opened, place, "auto")
             results.append(recipe.output)
         if place.is_first:
-            compare(*results)
+            compare(*results, atol=1e-4 if fp16 else 0.0)
 
 
-def compare(one: Path, other: Path) -> None:
+def compare(one: Path, other: Path, *, atol: float) -> None:
     weights = [load_file(run / CHECKPOINTS / "step-00000006" / "student.safetensors") for run in (one, other)]
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
-        assert torch.equal(value, weights[1][name]), f"{one.name}: {name} differs after the resume"
+        difference = (value - weights[1][name]).abs().max().item()
+        assert difference <= atol, f"{one.name}: {name} differs by {difference} after the resume"
 
 
 def check_fp16_stages(content: dict) -> None:
@@ -148,10 +153,10 @@ def check_fp16_stages(content: dict) -> None:
     results = []
     for stage in STAGES:
         recipe = check_recipe({**content, "output": str(output / str(stage))}, "test")
-        plan = make_plan(recipe, {**ds_json(stage), "fp16": {"enabled": True, "initial_scale_power": 8}}, place)
+        plan = make_plan(recipe, ds_json(stage, fp16=True), place)
         distil(plan, *open_corpus(recipe, plan, place), place, "auto")
         results.append(held_out_at(recipe.output, -1)["total"])
-    torch.testing.assert_close(results, [results[2]] * len(STAGES), rtol=0.02, atol=0.0)
+    assert max(results) < 1.02 * min(results), results
 
 
 def check_non_finite(content: dict) -> None:

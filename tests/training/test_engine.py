@@ -25,3 +25,9 @@ def test_a_term_that_is_not_finite_stops_all_ranks_and_is_never_saved(recipe_con
 def test_fp16_without_zero_learns_as_fast_as_with_it(recipe_content):
     """DeepSpeed's fp16 optimizer without ZeRO unscales gradients; somebody must have scaled the loss."""
     run_workers(f"{WORKERS}:check_fp16_stages", 1, content=recipe_content)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_fp16_runs_resume_at_every_zero_stage(recipe_content):
+    run_workers(f"{WORKERS}:check_resume", 1, content=recipe_content, fp16=True)
