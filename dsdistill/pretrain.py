@@ -32,7 +32,7 @@ from dsdistill.models.teacher import ResidentTeacher
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.summary import summarize
 from dsdistill.training import run_directory, signals
-from dsdistill.training.checkpoint import load_checkpoint, save_checkpoint
+from dsdistill.training.checkpoint import SaveError, load_checkpoint, save_checkpoint
 from dsdistill.training.dist import Place, find_place, gather_rows
 from dsdistill.training.distiller import BoundTerm, Distiller, bind_terms, freeze_unreached, wanted_signals
 from dsdistill.training.engine import half_precision, start_engine, start_processes, stop_processes, zero_stage
@@ -301,10 +301,17 @@ def distil(
     if checkpoint is not None:
         telemetry.note(f"resumed at step {first_step} from {checkpoint}")
 
-    def save(step: int) -> None:
+    def save(step: int) -> bool:
         state = run_directory.state_of(step, recipe, config, place)
         directory = recipe.output / run_directory.CHECKPOINTS
-        save_checkpoint(engine, captured.model, directory, state, keep=recipe.checkpoint.keep)
+        try:
+            save_checkpoint(engine, captured.model, directory, state, keep=recipe.checkpoint.keep)
+        except SaveError as error:
+            if recipe.checkpoint.on_failure == "stop" or step == recipe.optimization.steps:
+                raise
+            telemetry.note(f"WARNING: {error}; training goes on, the checkpoints before are kept")
+            return False
+        return True
 
     try:
         train(

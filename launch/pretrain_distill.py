@@ -100,7 +100,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAULT
     except signals.StoppedError as error:

@@ -175,6 +175,9 @@ class CheckpointSettings(Strict):
 
     every_steps: int = Field(ge=1, description="also after the last step")
     keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
+    on_failure: Literal["stop", "continue"] = Field(
+        default="stop", description="if one cannot be written (disk full); the last one must be in any case"
+    )
 
 
 class Recipe(Strict):

@@ -15,19 +15,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from dsdistill.training.dist import barrier
 from dsdistill.training.engine import full_weights
 
 MANIFEST = "manifest.json"
@@ -37,6 +39,10 @@ ENGINE = "deepspeed"
 CLIENT = "dsdistill"
 _ENGINE_STATE_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 """What DeepSpeed's own state holds beside tensors and plain values."""
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -60,19 +66,21 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's directory.
+
+    Raises:
+        SaveError: On all processes alike, if any of them could not write; names the file.
     """
     final = directory / checkpoint_name(state["step"])
     partial = directory / f"partial-{final.name}"
     first = engine.global_rank == 0
-    if first:
+    first = engine.global_rank == 0
+
+    def begin() -> None:
         for leftover in (partial, final):
             shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    engine.save_checkpoint(str(partial), tag=ENGINE, client_state={CLIENT: state}, save_latest=False)
-    weights = full_weights(engine, student)
-    barrier()
-    if first:
+        (partial / ENGINE).mkdir(parents=True)
+
+    def finish() -> None:
         save_file(weights, partial / STUDENT)
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         seal(partial)
@@ -80,8 +88,63 @@ def save_checkpoint(
         _sync(directory)
         for old in whole_checkpoints(directory)[:-keep]:
             shutil.rmtree(old)
-    barrier()
+
+    problem = _agree(_attempt(begin, partial) if first else None)
+    if problem is None:
+        with _errors_kept(engine) as errors:
+            engine.save_checkpoint(str(partial), tag=ENGINE, client_state={CLIENT: state}, save_latest=False)
+        weights = full_weights(engine, student)
+        problem = _agree(errors[0] if errors else None)
+    if problem is None:
+        problem = _agree(_attempt(finish, partial) if first else None)
+    if problem is not None:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise SaveError(f"step {state['step']} could not be saved: {problem}")
     return final
+
+
+def _attempt(write: Callable[[], object], path: Path) -> str | None:
+    """Write; what went wrong, with the path, the bytes that were written, and those that are free."""
+    try:
+        write()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        files = [p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()]
+        written = sum(file.stat().st_size for file in files)
+        there = next(p for p in (path, *path.parents) if p.exists())
+        return (
+            f"{path}: {' '.join(str(error).split())} ({written:,} bytes were written, "
+            f"{shutil.disk_usage(there).free:,} are free there)"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _errors_kept(engine: DeepSpeedEngine) -> Iterator[list[str]]:
+    """Let DeepSpeed go on after a file that cannot be written: other processes wait for this one in its barriers."""
+    writer: Any = engine.checkpoint_engine
+    errors: list[str] = []
+    save = writer.save
+
+    def try_to_save(state_dict: Any, path: str) -> None:
+        problem = None if errors else _attempt(lambda: save(state_dict, path), Path(path))
+        if problem is not None:
+            errors.append(problem)
+
+    writer.save = try_to_save
+    try:
+        yield errors
+    finally:
+        del writer.save
+
+
+def _agree(problem: str | None) -> str | None:
+    """The problem of the first process that has one; every process must call this."""
+    problems: list[str | None] = [problem]
+    if dist.get_world_size() > 1:
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    return next((p for p in problems if p is not None), None)
 
 
 def seal(directory: Path) -> None:
@@ -104,32 +167,82 @@ def verify(directory: Path) -> None:
     """
     try:
         files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {directory} has no readable {MANIFEST}: it was never finished") from error
-    for name, expected in files.items():
+    for name, (size, checksum) in expected.items():
         path = directory / name
         if not path.resolve().is_relative_to(directory.resolve()):
             raise ValueError(f"checkpoint {directory}: {name} leads out of the directory")
-        if not path.is_file() or path.stat().st_size != expected["bytes"]:
+        if not path.is_file() or path.stat().st_size != size:
             raise ValueError(f"checkpoint {directory}: {name} is missing or truncated")
-        if _sha256(path) != expected["sha256"]:
+        if _sha256(path) != checksum:
             raise ValueError(f"checkpoint {directory}: {name} has changed since it was written")
     extra = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - {*files, MANIFEST}
     if extra:
         raise ValueError(f"checkpoint {directory}: {sorted(extra)[0]} is not in its manifest")
 
 
+def named_checkpoints(directory: Path) -> list[Path]:
+    """Directories with the name of a checkpoint, oldest first, whole or not."""
+    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+
+
 def whole_checkpoints(directory: Path) -> list[Path]:
     """Finished checkpoints, oldest first, by name and manifest only."""
-    if not directory.is_dir():
-        return []
-    found = [p for p in directory.iterdir() if re.fullmatch(r"step-\d{8}", p.name) and (p / MANIFEST).is_file()]
-    return sorted(found)
+    return [path for path in named_checkpoints(directory) if (path / MANIFEST).is_file()]
+
+
+def newest_undamaged(directory: Path) -> Path | None:
+    """The newest checkpoint that passes `verify`; newer ones are told and put aside as `damaged-*`.
+
+    Raises:
+        ValueError: If there are checkpoints, but all are damaged.
+    """
+    found = named_checkpoints(directory)
+    problems = []
+    for checkpoint in reversed(found):
+        try:
+            verify(checkpoint)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for damaged, problem in zip(reversed(found), problems, strict=False):
+            aside = damaged.with_name(f"damaged-{damaged.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+            print(f"WARNING    {problem}; put aside as {aside.name}", file=sys.stderr)
+            print(f"WARNING    going back to {checkpoint.name}, the newest that is whole", file=sys.stderr, flush=True)
+        return checkpoint
+    if problems:
+        raise ValueError(
+            f"no checkpoint in {directory} is whole:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+            + "\nput one back from a copy, or start again with --resume never, which moves this run aside"
+        )
+    return None
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Delete what a killed process left of a checkpoint it was writing."""
+    for partial in directory.glob("partial-step-*"):
+        shutil.rmtree(partial)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What the run knew: step, number of processes, ZeRO stage, and a fingerprint of the recipe."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    """What the run knew: step, number of processes, ZeRO stage, and a fingerprint of the recipe.
+
+    Raises:
+        ValueError: If that is not in it.
+    """
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        types = {"step": int, "world_size": int, "zero_stage": int, "micro_batch": int, "recipe": str}
+        if all(isinstance(state[key], kind) for key, kind in types.items()):
+            return state
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"checkpoint {checkpoint}: {STATE} is not what a run writes")
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> None:

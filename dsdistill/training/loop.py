@@ -30,7 +30,7 @@ class Stage:
         teacher: Gives signals for a batch, or None if no term needs a teacher.
         batches: Micro-batches of this rank from `first_step` on, without end before `recipe.optimization.steps`.
         held_out: A fresh pass over this rank's held-out micro-batches, equally many on each rank.
-        save: Writes a checkpoint after so many steps; every rank calls it.
+        save: Writes a checkpoint after so many steps and says whether it could; every rank calls it.
         place: This process.
         telemetry: Where numbers go.
         first_step: Steps done before.
@@ -41,7 +41,7 @@ class Stage:
     teacher: Teacher | None
     batches: Iterable[Batch]
     held_out: Callable[[], Iterable[Batch]]
-    save: Callable[[int], None]
+    save: Callable[[int], bool]
     place: Place
     telemetry: Telemetry
     first_step: int
@@ -80,13 +80,13 @@ def train(stage: Stage) -> None:
             logged, tokens = done, 0
         if evaluates:
             evaluate_now(stage, done)
-        if saves:
-            stage.save(done)
+        if saves and stage.save(done):
             saved = done
         if saves or evaluates:
             telemetry.pause()
         if stopping and done < last_step:
-            raise signals.StoppedError(f"stopped; {done} of {last_step} steps are done and saved")
+            unsaved = f", those after {saved} not saved" if saved < done else " and saved"
+            raise signals.StoppedError(f"stopped; {done} of {last_step} steps are done{unsaved}")
 
 
 def train_step(stage: Stage, batches: Iterator[Batch], step: int, vote: Vote, *, measure: bool) -> tuple[int, float]:

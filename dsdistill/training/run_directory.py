@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from dsdistill.config.recipe import Recipe, read_recipe
-from dsdistill.training.checkpoint import read_state, verify, whole_checkpoints
+from dsdistill.training.checkpoint import newest_undamaged, read_state, remove_unfinished, verify
 from dsdistill.training.dist import Place
 from dsdistill.training.engine import zero_stage
 
@@ -92,6 +92,7 @@ def _enter(
         print(f"note       the earlier run was moved to {aside}", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = choose_checkpoint(directory, recipe, config, place, resume)
+    remove_unfinished(directory / CHECKPOINTS)
     (directory / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     (directory / "ds_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (directory / "run.json").write_text(json.dumps(circumstances(place), indent=2) + "\n", encoding="utf-8")
@@ -106,11 +107,13 @@ def choose_checkpoint(
     Raises:
         ValueError: If it cannot be used; says why.
     """
-    found = whole_checkpoints(directory / CHECKPOINTS)
-    if resume == "never" or (resume == "auto" and not found):
+    if resume == "never":
         return None
-    checkpoint = found[-1] if resume == "auto" else Path(resume)
-    verify(checkpoint)
+    checkpoint = newest_undamaged(directory / CHECKPOINTS) if resume == "auto" else Path(resume)
+    if checkpoint is None:
+        return None
+    if resume != "auto":
+        verify(checkpoint)
     saved, now = read_state(checkpoint), state_of(0, recipe, config, place)
     if saved["recipe"] != now["recipe"]:
         raise ValueError(

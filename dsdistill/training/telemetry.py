@@ -115,6 +115,7 @@ class Telemetry:
         self.place = place
         self.last_step = last_step
         self.writer: SummaryWriter | None = None
+        self.unwritable: set[str] = set()
         self.bar: tqdm | None = None
         self.stopwatch = Stopwatch(place.device)
         self.sums = LossSums(place.device)
@@ -122,7 +123,8 @@ class Telemetry:
         if place.is_first:
             self.metrics = directory / "metrics.jsonl"
             keep_entries(self.metrics, first_step)
-            self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+            with self._going_on("TensorBoard"):
+                self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
             terminal = sys.stderr.isatty()
             self.bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
 
@@ -172,8 +174,9 @@ class Telemetry:
 
     def text(self, tag: str, content: str) -> None:
         """Keep a text in TensorBoard."""
-        if self.writer is not None:
-            self.writer.add_text(tag, f"```\n{content}\n```")
+        with self._going_on("TensorBoard"):
+            if self.writer is not None:
+                self.writer.add_text(tag, f"```\n{content}\n```")
 
     def note(self, line: str) -> None:
         """A line for people, without breaking the bar."""
@@ -187,19 +190,34 @@ class Telemetry:
         self.since = time.perf_counter()
 
     def _write(self, kind: str, step: int, scalars: Mapping[str, float]) -> None:
-        if self.writer is None:
+        if not self.place.is_first:
             return
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
+        with self._going_on("TensorBoard"):
+            if self.writer is not None:
+                for tag, value in scalars.items():
+                    self.writer.add_scalar(tag, value, step)
         entry = {"kind": kind, "step": step, "time": time.time(), **scalars}
         entry = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with self._going_on(self.metrics.name), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Training is worth more than its records: what cannot be written is told once, and left out."""
+        try:
+            yield
+        except OSError as error:
+            if what == "TensorBoard":
+                self.writer = None
+            if what not in self.unwritable:
+                self.unwritable.add(what)
+                self.note(f"WARNING: {what} cannot be written ({error}); training goes on without it")
 
     def close(self) -> None:
         """Flush everything."""
-        if self.writer is not None:
-            self.writer.close()
+        with self._going_on("TensorBoard"):
+            if self.writer is not None:
+                self.writer.close()
         if self.bar is not None:
             self.bar.close()
 

@@ -62,6 +62,37 @@ def test_damage_is_found_and_named(tmp_path, recipe, damage, message):
         verify(checkpoint)
 
 
+def test_a_damaged_checkpoint_is_told_and_the_one_before_used(tmp_path, recipe, capsys):
+    whole, *damaged = (make_checkpoint(tmp_path, recipe, step) for step in (3, 6, 9))
+    leftover = tmp_path / "checkpoints" / "partial-step-00000012"
+    leftover.mkdir()
+    (damaged[0] / STUDENT).write_bytes(b"short")
+    flip(damaged[1] / "deepspeed" / "state.pt")
+    assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto") == whole
+    shown = capsys.readouterr().err
+    assert "step-00000009: deepspeed/state.pt has changed" in shown
+    assert "step-00000006: student.safetensors is missing or truncated" in shown
+    assert "going back to step-00000003" in shown
+    assert not leftover.exists()
+    assert whole_checkpoints(tmp_path / "checkpoints") == [whole]
+
+
+def test_a_run_is_never_started_again_in_silence(tmp_path, recipe):
+    for step in (3, 6):
+        flip(make_checkpoint(tmp_path, recipe, step) / STUDENT)
+    with pytest.raises(ValueError, match=r"(?s)no checkpoint .* is whole.*00000006.*00000003.*--resume never"):
+        run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto")
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tmp_path, recipe):
+    make_checkpoint(tmp_path, recipe, 3)
+    asked = make_checkpoint(tmp_path, recipe, 6)
+    flip(asked / STUDENT)
+    with pytest.raises(ValueError, match=r"student\.safetensors has changed"):
+        run_directory.enter(tmp_path, recipe, CONFIG, PLACE, asked)
+
+
 def test_resume_finds_the_newest_checkpoint_of_the_same_recipe(tmp_path, recipe, recipe_content):
     assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto") is None
     make_checkpoint(tmp_path, recipe, 3)

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -55,6 +57,34 @@ def test_a_resumed_run_drops_the_entries_it_will_write_again(tmp_path):
     path.write_text("".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in (2, 4, 6)) + '{"kind": "tr')
     keep_entries(path, 4)
     assert [entry["step"] for entry in read_metrics(path)] == [2, 4]
+
+
+def break_at_the_start(run):
+    (run / "tensorboard").write_text("a file where the folder should be")
+
+
+def break_on_the_way(run):
+    shutil.rmtree(run / "tensorboard")
+    break_at_the_start(run)
+
+
+@pytest.mark.parametrize("moment", [0, 2])
+def test_training_goes_on_without_tensorboard_and_says_so_once(tmp_path, capsys, moment):
+    if moment == 0:
+        break_at_the_start(tmp_path)
+    telemetry = Telemetry(tmp_path, PLACE, first_step=0, last_step=200)
+    for step in range(1, 60):
+        if step == moment:
+            telemetry.writer.flush()
+            break_on_the_way(tmp_path)
+        telemetry.sums.add(losses(1.0, 2.0), step)
+        telemetry.training(step, 640, 1, {})
+        if telemetry.writer is not None:
+            with contextlib.suppress(OSError):
+                telemetry.writer.flush()
+    telemetry.close()
+    assert capsys.readouterr().err.count("WARNING: TensorBoard cannot be written") == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 59
 
 
 def test_lines_are_plain_without_a_terminal(tmp_path, capsys):
