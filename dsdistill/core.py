@@ -1,14 +1,15 @@
 """The nouns that move between the rooms: `Batch`, `Features`, `Losses`, and the layer pairs they are read by.
 
 Letters in shapes: B rows, L length, E width, H heads, D width per head, V vocabulary, C classes, N chosen positions.
-Layers are numbered 1..N as in papers; layer 0 is the embedding output.
+Layers are numbered 1..N as in papers; layer 0 is the embedding output. What enters or leaves an `nn.Module` is a named
+tuple, because ZeRO-3 looks for the tensors that start its backward in tuples, lists and dicts only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +40,7 @@ class LayerPairs:
         return len(self.student)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class Batch(NamedTuple):
     """Rows of tokens as the data yields them.
 
     Attributes:
@@ -74,12 +74,10 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function) -> Batch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
+        return self._replace(**{name: function(v) for name, v in self._asdict().items() if isinstance(v, Tensor)})
 
 
-@dataclass(frozen=True, kw_only=True)  # no slots: ZeRO-3 looks for parameters in `vars` of a module's output
-class Features:
+class Features(NamedTuple):
     """What capture recorded in one forward of one model.
 
     Attributes:
@@ -90,8 +88,8 @@ class Features:
     """
 
     signals: Mapping[Signal, Mapping[int, Tensor]]
-    scaling: Mapping[int, float] = field(default_factory=dict)
-    windows: Mapping[int, int] = field(default_factory=dict)
+    scaling: Mapping[int, float] = {}
+    windows: Mapping[int, int] = {}
 
     def at(self, signal: Signal, layer: int) -> Tensor:
         """The tensor of one signal at one layer.
@@ -115,8 +113,7 @@ NOTHING = Features(signals={})
 """What a teacher says whom nobody asks."""
 
 
-@dataclass(frozen=True)  # no slots, as above
-class Losses:
+class Losses(NamedTuple):
     """What the objectives return for one batch.
 
     Attributes:

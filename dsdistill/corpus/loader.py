@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -202,8 +202,7 @@ def _unpack(values: dict[str, Any]) -> Batch:
 def _pack_in_worker(batch: Batch) -> Batch | _Parcel:
     if get_worker_info() is None:
         return batch
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return _Parcel({n: v.numpy() if isinstance(v, torch.Tensor) else v for n, v in values.items()})
+    return _Parcel({n: v.numpy() if isinstance(v, torch.Tensor) else v for n, v in batch._asdict().items()})
 
 
 def held_out_batches(

@@ -1,5 +1,4 @@
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -75,7 +74,7 @@ def test_logits_at_targets_equal_the_full_head(family):
 def test_a_mask_that_hides_nothing_changes_nothing(family):
     batch = make_batch(False)
     captured = Captured(build(family, ATTENTION), WANTED)
-    without, with_mask = captured(batch), captured(replace(batch, padded=True))
+    without, with_mask = captured(batch), captured(batch._replace(padded=True))
     for layer in WANTED["hidden"]:
         torch.testing.assert_close(without.at("hidden", layer), with_mask.at("hidden", layer), rtol=1e-5, atol=2e-6)
 

@@ -151,10 +151,10 @@ def test_relation_heads_must_divide_both_widths():
 @pytest.mark.parametrize("name", ["att_kl", "att_mse"])
 def test_layers_with_other_windows_are_refused(name):
     world = make_world()
-    teacher = replace(world.teacher, windows={2: 64})
+    teacher = world.teacher._replace(windows={2: 64})
     with pytest.raises(ValueError, match="window all, teacher layer 2 over 64"):
         terms(replace(world, teacher=teacher), name, {})
-    both = replace(world, teacher=teacher, student=replace(world.student, windows={1: 64}))
+    both = replace(world, teacher=teacher, student=world.student._replace(windows={1: 64}))
     torch.testing.assert_close(terms(both, name, {}), terms(world, name, {}))
 
 

@@ -124,11 +124,11 @@ def test_rows_of_the_same_label_in_the_bank_do_not_count():
     only_others = (labels != labels[0]).nonzero().flatten()
     assert 0 < len(only_others) < len(labels)
     head.labels.fill_(-1)
-    rows = replace(
-        world.batch, **{n: getattr(world.batch, n)[only_others] for n in ("input_ids", "mask", "labels", "sample_ids")}
+    rows = world.batch._replace(
+        **{n: getattr(world.batch, n)[only_others] for n in ("input_ids", "mask", "labels", "sample_ids")}
     )
     hidden = [
-        replace(f, signals={"hidden": {i: h[only_others] for i, h in f.signals["hidden"].items()}})
+        f._replace(signals={"hidden": {i: h[only_others] for i, h in f.signals["hidden"].items()}})
         for f in (world.student, world.teacher)
     ]
     expected = terms(replace(world, batch=rows, student=hidden[0], teacher=hidden[1]), "hid_contrast", params)

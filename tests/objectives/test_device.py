@@ -24,7 +24,7 @@ def test_no_step_waits_for_a_value_from_the_device(case: Case):
                 table.update({name: hollow.from_tensor(value) for name, value in table.items() if value is not None})
     world = replace(
         real,
-        batch=replace(real.batch, **{n: hollow.from_tensor(t) for n, t in tensors.items() if t is not None}),
+        batch=real.batch._replace(**{n: hollow.from_tensor(t) for n, t in tensors.items() if t is not None}),
         student=map_features(real.student, lambda _, tensor: hollow.from_tensor(tensor)),
         teacher=map_features(real.teacher, lambda _, tensor: hollow.from_tensor(tensor)),
         head=head,

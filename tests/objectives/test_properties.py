@@ -89,7 +89,7 @@ def with_garbage(world: World, extra: int, garbage: float) -> World:
         changes |= {"labels": labels, "targets": (labels.flatten() != -100).nonzero().flatten()}
     return replace(
         world,
-        batch=replace(world.batch, **changes),
+        batch=world.batch._replace(**changes),
         student=map_features(world.student, spoil),
         teacher=map_features(world.teacher, spoil),
     )

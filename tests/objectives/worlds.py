@@ -125,7 +125,7 @@ def equal(student: Features, teacher: Features, pairs: LayerPairs) -> Features:
         }
         for name in student.signals
     }
-    return replace(student, signals=signals, scaling=dict(teacher.scaling))
+    return student._replace(signals=signals, scaling=dict(teacher.scaling))
 
 
 def map_features(values: Features, function: Callable[[str, Tensor], Tensor]) -> Features:
@@ -134,7 +134,7 @@ def map_features(values: Features, function: Callable[[str, Tensor], Tensor]) ->
         name: {layer: function(name, tensor) for layer, tensor in layers.items()}
         for name, layers in values.signals.items()
     }
-    return replace(values, signals=signals)
+    return values._replace(signals=signals)
 
 
 def only_needed(world: World, name: str, params: Mapping[str, Any]) -> World:
@@ -150,7 +150,7 @@ def only_needed(world: World, name: str, params: Mapping[str, Any]) -> World:
             }
             for signal in sorted(signals)
         }
-        return replace(values, signals=kept)
+        return values._replace(signals=kept)
 
     student = keep(world.student, needs[0], world.pairs.student)
     teacher = keep(world.teacher, needs[1], world.pairs.teacher)
