@@ -38,6 +38,7 @@ from dsdistill.training.distiller import BoundTerm, Distiller, bind_terms, freez
 from dsdistill.training.engine import half_precision, start_engine, start_processes, stop_processes, zero_stage
 from dsdistill.training.loop import Stage, train
 from dsdistill.training.telemetry import Telemetry
+from dsdistill.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +204,7 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
         ValueError: On bad input, with every problem found.
         FloatingPointError: If a loss term was not finite.
         StoppedError: If a signal asked the run to stop.
+        LostRankError: If another process hangs or is gone.
     """
     place = find_place()
     plan = make_plan(recipe, ds_json, place)
@@ -211,7 +213,7 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
     if dry_run:
         return
     corpus, held_out, tokenizer = open_corpus(recipe, plan, place)
-    start_processes(place)
+    start_processes(place, recipe.faults.hang_timeout_s)
     with signals.deferred():
         distil(plan, corpus, held_out, tokenizer, place, resume)
     if place.is_first:
@@ -249,7 +251,22 @@ def distil(
     resume: Literal["auto", "never"] | Path,
 ) -> None:
     """Build both models, train from the start or from where `resume` says, and save; nothing if that is done."""
+    with Watchdog(place, plan.recipe.faults.hang_timeout_s) as watchdog:
+        distil_watched(plan, corpus, held_out, tokenizer, place, resume, watchdog)
+
+
+def distil_watched(
+    plan: Plan,
+    corpus: Corpus,
+    held_out: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    place: Place,
+    resume: Literal["auto", "never"] | Path,
+    watchdog: Watchdog,
+) -> None:
+    """`distil`, telling the watchdog what is being done."""
     recipe, config = plan.recipe, plan.engine_config
+    watchdog.at("run directory and checkpoints")
     checkpoint = run_directory.enter(recipe.output, recipe, config, place, resume)
     if checkpoint is not None and run_directory.step_of(checkpoint) == recipe.optimization.steps:
         return
@@ -273,6 +290,7 @@ def distil(
             pin_memory=place.device.type == "cuda",
         )
 
+    watchdog.at("models")
     student, teacher = build_models(plan, place)
     if place.is_first:
         save_skeleton(student, tokenizer, recipe.output / run_directory.SKELETON)
@@ -289,6 +307,7 @@ def distil(
     probe = next(iter(held_out_batches(held_out, **data, rows=2, micro_batch=2, rank=0, world_size=1)))
     probe = probe.to(place.device)
     frozen = freeze_unreached(distiller, probe, teacher(probe) if teacher is not None else NOTHING)
+    watchdog.at("start of the engine")
     engine = start_engine(distiller, recipe.optimization, config, place)
     first_step = 0
     if checkpoint is not None:
@@ -324,6 +343,7 @@ def distil(
                 save=save,
                 place=place,
                 telemetry=telemetry,
+                watchdog=watchdog,
                 first_step=first_step,
             )
         )

@@ -90,6 +90,7 @@ def main() -> int:
     from dsdistill.config.deepspeed import read_deepspeed_json
     from dsdistill.config.recipe import read_recipe
     from dsdistill.pretrain import run
+    from dsdistill.training.watchdog import LostRankError
 
     resume = arguments.resume if arguments.resume in ("auto", "never") else Path(arguments.resume)
     try:
@@ -100,7 +101,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, LostRankError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAULT
     except signals.StoppedError as error:

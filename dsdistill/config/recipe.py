@@ -180,6 +180,17 @@ class CheckpointSettings(Strict):
     )
 
 
+class FaultSettings(Strict):
+    """When a run gives up."""
+
+    hang_timeout_s: float = Field(
+        default=600.0, ge=1, description="a rank that does one thing for so long is named, and all ranks leave"
+    )
+    skipped_steps: int = Field(
+        default=50, ge=1, description="steps in a row whose gradients overflow in fp16; the search of a scale needs 20"
+    )
+
+
 class Recipe(Strict):
     """A whole run."""
 
@@ -196,6 +207,7 @@ class Recipe(Strict):
     evaluation: EvaluationSettings
     logging: LoggingSettings = LoggingSettings()
     checkpoint: CheckpointSettings
+    faults: FaultSettings = FaultSettings()
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Recipe:

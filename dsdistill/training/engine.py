@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from datetime import timedelta
 from typing import Any, cast
 
 import deepspeed
@@ -15,17 +16,34 @@ from torch import Tensor, nn
 
 from dsdistill.config.recipe import OptimizationSettings
 from dsdistill.training.dist import Place, rendezvous
+from dsdistill.training.watchdog import LostRankError
 
 
-def start_processes(place: Place) -> None:
-    """Join the other processes of the job."""
+def start_processes(place: Place, timeout_s: float = 600.0) -> None:
+    """Join the other processes of the job.
+
+    Args:
+        place: This process.
+        timeout_s: The watchdog's. The backends' own time-outs are longer: they do not know who is missing.
+
+    Raises:
+        LostRankError: If they do not all come.
+    """
     os.environ.update(rendezvous(place))
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     else:
         # DeepSpeed would compile a shared-memory all-reduce at first use: a minute, a compiler, and gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if place.device.type == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if place.device.type == "cuda" else "gloo"
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=2 * timeout_s))
+    except dist.DistError as error:
+        first_line = str(error).splitlines()[0]
+        raise LostRankError(
+            f"rank {place.rank}: the {place.world_size} processes did not all come within {2 * timeout_s:.0f} s "
+            f"({first_line})"
+        ) from error
 
 
 def stop_processes() -> None:
@@ -63,6 +81,9 @@ def start_engine(
         fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    # DeepSpeed would raise a plain Exception at the smallest loss scale; the loop counts skipped steps in a row itself
+    if hasattr(getattr(engine.optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # type: ignore[union-attr]
     # ZeRO-3, and fp16 without ZeRO, have taken a step on zero gradients to allocate the optimizer's state. With a
     # learning rate of 0 it changed no weight; Adam's bias correction must not count it either.
     for state in optimizer.state.values():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,8 +17,10 @@ from dsdistill.core import NOTHING, Batch, Features
 from dsdistill.training import signals
 from dsdistill.training.dist import Place, Vote
 from dsdistill.training.engine import backward, optimizer_of
+from dsdistill.training.health import check_gradients, skips_in_a_row
 from dsdistill.training.schedule import learning_rate
 from dsdistill.training.telemetry import LossSums, Telemetry
+from dsdistill.training.watchdog import Watchdog
 
 Teacher = Callable[[Batch], Features]
 
@@ -33,6 +38,7 @@ class Stage:
         save: Writes a checkpoint after so many steps and says whether it could; every rank calls it.
         place: This process.
         telemetry: Where numbers go.
+        watchdog: Is told what this rank is doing.
         first_step: Steps done before.
     """
 
@@ -44,6 +50,7 @@ class Stage:
     save: Callable[[int], bool]
     place: Place
     telemetry: Telemetry
+    watchdog: Watchdog
     first_step: int
 
 
@@ -52,8 +59,9 @@ def train(stage: Stage) -> None:
 
     Raises:
         StoppedError: On all ranks alike, if a signal asked any of them to stop; what was done is saved.
+        FloatingPointError: On all ranks alike, if losses or gradients are not finite, or fp16 overflows on and on.
     """
-    recipe, telemetry = stage.recipe, stage.telemetry
+    recipe, engine, telemetry = stage.recipe, stage.engine, stage.telemetry
     last_step = recipe.optimization.steps
     vote = Vote(stage.place)
     vote.cast(signals.received() is not None)
@@ -61,7 +69,7 @@ def train(stage: Stage) -> None:
     if stage.first_step == 0 and not vote.count():
         evaluate_now(stage, 0)
     batches = iter(stage.batches)
-    logged, tokens = stage.first_step, 0
+    logged, tokens, skips = stage.first_step, 0, 0
     telemetry.pause()
     for step in range(stage.first_step, last_step):
         done = step + 1
@@ -72,14 +80,23 @@ def train(stage: Stage) -> None:
         evaluates = done % recipe.evaluation.every_steps == 0 or done == last_step
         # a checkpoint is never written of a step whose losses nobody has looked at
         logs = saves or evaluates or done % recipe.logging.every_steps == 0
+        skipped_before = engine.skipped_steps
         read, norm = train_step(stage, batches, step, vote, measure=logs)
+        skipped = engine.skipped_steps > skipped_before
+        # ZeRO skips steps in other types too; there no loss scale can be blamed, and one is too many
+        overflowed = skipped and engine.fp16_enabled()
+        scale, limit = loss_scale(engine), recipe.faults.skipped_steps
+        skips = skips_in_a_row(skips, overflowed, limit=limit, step=done, loss_scale=scale)
         tokens += read
-        if logs:
-            scalars = engine_scalars(stage.engine, recipe, step) | {"optimization/grad_norm": norm}
-            telemetry.training(done, tokens * stage.place.world_size, done - logged, scalars)
+        if logs or (skipped and not overflowed):
+            scalars = engine_scalars(engine, recipe, step) | {"optimization/grad_norm": norm}
+            told = telemetry.training(done, tokens * stage.place.world_size, done - logged, scalars)
+            if not overflowed:
+                check_gradients(math.nan if skipped else norm, told, step=done)
             logged, tokens = done, 0
         if evaluates:
             evaluate_now(stage, done)
+        stage.watchdog.at(f"step {done}, checkpoint")
         if saves and stage.save(done):
             saved = done
         if saves or evaluates:
@@ -95,31 +112,40 @@ def train_step(stage: Stage, batches: Iterator[Batch], step: int, vote: Vote, *,
     Returns:
         Tokens that this rank read, and with `measure` the gradient's norm (else 0).
     """
-    engine, watch = stage.engine, stage.telemetry.stopwatch
+    engine, part = stage.engine, partial(step_part, stage, step + 1)
     tokens, norm = 0, 0.0
     for group in optimizer_of(engine).param_groups:
         group["lr"] = learning_rate(step, stage.recipe.optimization)
     for micro_step in range(engine.gradient_accumulation_steps()):
-        with watch.part("data"):
+        with part("data"):
             batch = next(batches).to(stage.place.device)
-        with watch.part("teacher"):
+        with part("teacher"):
             teacher = stage.teacher(batch) if stage.teacher is not None else NOTHING
-        with watch.part("student"):
+        with part("student"):
             seed_dropout(stage.recipe.seed, step, micro_step, stage.place.rank)
             losses = engine(batch, teacher, step)
             stage.telemetry.sums.add(losses, step + 1)
-        with watch.part("backward"):
+        with part("backward"):
             backward(engine, losses.total)
         if measure and engine.is_gradient_accumulation_boundary():
             norm = plain_gradient_norm(engine)
         if engine.is_gradient_accumulation_boundary():
             vote.cast(signals.received() is not None)
-        with watch.part("step"):
+        with part("step"):
             engine.step()
         tokens += batch.input_ids.numel()
     if measure and norm is None:
         norm = float(engine.get_global_grad_norm() or 0.0)  # sync
+        norm = norm if norm >= 0 else math.nan  # ZeRO says -1 for what is not finite
     return tokens, norm or 0.0
+
+
+@contextlib.contextmanager
+def step_part(stage: Stage, step: int, name: str) -> Iterator[None]:
+    """Time a part of a step, and note it in case it never ends."""
+    stage.watchdog.at(f"step {step}, {name}")
+    with stage.telemetry.stopwatch.part(name):
+        yield
 
 
 def plain_gradient_norm(engine: DeepSpeedEngine) -> float | None:
@@ -137,17 +163,27 @@ def seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
 
 def engine_scalars(engine: DeepSpeedEngine, recipe: Recipe, step: int) -> dict[str, float]:
     """Scalars that only the engine knows."""
-    scale = getattr(engine.optimizer, "cur_scale", getattr(engine.optimizer, "loss_scale", 1.0))
     return {
         "optimization/learning_rate": learning_rate(step, recipe.optimization),
-        "optimization/loss_scale": float(scale),
+        "optimization/loss_scale": loss_scale(engine),
         "optimization/skipped_steps": float(engine.skipped_steps),
     }
 
 
+def loss_scale(engine: DeepSpeedEngine) -> float:
+    """What the loss is multiplied with in fp16, else 1."""
+    return float(getattr(engine.optimizer, "cur_scale", getattr(engine.optimizer, "loss_scale", 1.0)))
+
+
 def evaluate_now(stage: Stage, step: int) -> None:
     """Measure and report the objectives on held-out text."""
-    stage.telemetry.evaluation(step, evaluate(stage.engine, stage.teacher, stage.held_out(), stage.place, step))
+
+    def batches() -> Iterator[Batch]:
+        for number, batch in enumerate(stage.held_out()):
+            stage.watchdog.at(f"step {step}, held-out batch {number}")
+            yield batch
+
+    stage.telemetry.evaluation(step, evaluate(stage.engine, stage.teacher, batches(), stage.place, step))
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ SKELETON = "skeleton"
 EXPORT = "model"
 RECIPE = "recipe.yaml"
 
-FREE_TO_CHANGE = ("name", "source", "output", "evaluation", "logging", "checkpoint")
+FREE_TO_CHANGE = ("name", "source", "output", "evaluation", "logging", "checkpoint", "faults")
 """Recipe keys that do not touch what is learned, so a run may be resumed with others."""
 
 

@@ -177,3 +177,22 @@ def check_non_finite(content: dict) -> None:
     if place.is_first:
         names = [path.name for path in sorted((recipe.output / CHECKPOINTS).iterdir())]
         assert names == ["step-00000003", "step-00000004"], names
+    content["objectives"][-1]["objective"] = "tests.training.toy_objectives:cliff"
+    content["output"] += "-cliff"
+    for stage in STAGES:
+        check_infinite_gradient(content, stage, place)
+
+
+def check_infinite_gradient(content: dict, stage: int, place) -> None:
+    """Gradients that are not finite under finite losses stop every rank and are never saved."""
+    recipe = check_recipe({**content, "output": f"{content['output']}-{stage}"}, "test")
+    plan = make_plan(recipe, ds_json(stage), place)
+    try:
+        distil(plan, *open_corpus(recipe, plan, place), place, "auto")
+    except FloatingPointError as error:
+        assert "norm was" in str(error), error  # noqa: PT017 (no pytest in workers)
+        assert "at step 5" in str(error), error  # noqa: PT017
+    else:
+        raise AssertionError(f"the run at stage {stage} was meant to stop")
+    if place.is_first:
+        assert sorted(path.name for path in (recipe.output / CHECKPOINTS).iterdir())[-1] == "step-00000004"

@@ -1,0 +1,50 @@
+"""Ranks that hang or die: the others say who it was and leave, and nothing is left running."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.jobs import LONG, STEPS, Job, assert_same_weights
+
+pytestmark = pytest.mark.multiprocess
+
+
+def processes_with(text: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text in path.read_bytes().decode(errors="replace"):
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_ranks_that_stand_still_or_die_are_named_and_nobody_stays(recipe_file, tmp_path, unbroken, lost):
+    run = tmp_path / "run"
+    settings = (*LONG, f"output={run}", "checkpoint.every_steps=10", "faults.hang_timeout_s=8")
+    for number, limit_s in ((signal.SIGSTOP, 40), (signal.SIGKILL, 30)):
+        job = Job(recipe_file, *settings, "logging.every_steps=1", world_size=2)
+        job.wait_until(lambda job=job: f"/{STEPS}  loss" in job.output(0))
+        job.processes[lost].send_signal(number)
+        start = time.monotonic()
+        left = job.processes[1 - lost].wait(limit_s)
+        assert left == 1, job.tails()
+        message = next(line for line in job.output(1 - lost).splitlines() if line.startswith("error: "))
+        assert f"rank {1 - lost} " in message
+        assert f"rank {lost}" in message.partition(";")[2] or f"rank {lost}" in message
+        assert "silent" in message, message
+        assert lost == 0 or "step " in message
+        print(f"{number.name}: {time.monotonic() - start:.1f} s: {message}")
+        os.killpg(job.processes[lost].pid, signal.SIGKILL)
+        deadline = time.monotonic() + 15
+        while processes_with(str(recipe_file)):
+            assert time.monotonic() < deadline, processes_with(str(recipe_file))
+            time.sleep(0.2)
+    job = Job(recipe_file, *settings, world_size=2)
+    assert job.codes() == [0, 0], job.tails()
+    assert_same_weights(unbroken(recipe_file, 2), run, STEPS)
