@@ -20,8 +20,8 @@ from dsdistill.corpus.masking import Masker
 from dsdistill.corpus.store import Corpus
 from dsdistill.models.export import export_student, model_card, rebuild
 from dsdistill.models.families import encoder_of, shape_of
-from dsdistill.models.loading import Source, has_head, load_encoder, load_tokenizer
-from dsdistill.models.student import build_student
+from dsdistill.models.loading import Source, has_head, load_config, load_encoder, load_tokenizer
+from dsdistill.models.student import build_student, restore_dropout
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.training.checkpoint import STUDENT, read_state, verify, whole_checkpoints
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
@@ -50,6 +50,7 @@ def export_run(directory: Path, checkpoint: Path | None = None, output: Path | N
     verify(checkpoint)
     source = teacher_source(recipe)
     student = rebuild(directory / SKELETON, load_file(checkpoint / STUDENT))
+    restore_dropout(encoder_of(student).config, load_config(source))
     output = output or directory / EXPORT
     facts = {
         "name": recipe.name,

@@ -79,6 +79,13 @@ def check_start(
                 raise ValueError(f"student.init_from={str(init_from)!r} has {name} {theirs}, the student {ours}")
 
 
+def restore_dropout(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    """Give an exported student its teacher's dropout rates, for whoever fine-tunes it; distillation may need less."""
+    for name in DROPOUTS:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, getattr(teacher, name))
+
+
 def build_student(
     teacher: PreTrainedModel,
     config: PreTrainedConfig,

@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from dsdistill.models.capture import ATTENTION
 from dsdistill.models.families import encoder_of, layer_list, shape_of
-from dsdistill.models.student import build_student, student_config
+from dsdistill.models.student import build_student, restore_dropout, student_config
 from tests.models.families_under_test import FAMILIES, tiny_configs
 
 
@@ -86,6 +86,8 @@ def test_dropout_and_overrides_reach_the_config():
     assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == 0.25
     assert config.hidden_size == 16
     assert teacher.hidden_size == 32
+    restore_dropout(config, teacher)
+    assert config.hidden_dropout_prob == teacher.hidden_dropout_prob == 0.1
     with pytest.raises(ValueError, match="hidden_sizes"):
         student_config(teacher, 2, None, overrides={"hidden_sizes": 16})
 
