@@ -155,6 +155,7 @@ def describe_plan(plan: Plan, place: Place) -> str:
     lines = [
         f"run        {plan.recipe.name} -> {plan.recipe.output}",
         f"teacher    {plan.source.model}: {teacher.num_layers} layers x {teacher.width}, {deepest} of them run",
+        *(["code       comes with the teacher and is run (trust_remote_code)"] * plan.source.trust_remote_code),
         f"student    {student.num_layers} layers x {student.width}, starting from {describe_start(plan)}",
         *(
             f"objective  {term.label} (weight {term.weight}): student layers {list(term.pairs.student)} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 
 import torch
@@ -78,15 +79,22 @@ def load_encoder(source: Source, *, dtype: torch.dtype = torch.float32) -> PreTr
     """The model in eval mode, wired for capture; with its masked-LM head where the weights have one.
 
     Raises:
-        ValueError: If weights of the encoder itself are missing, which would leave them random without a word.
+        ValueError: If weights of the encoder itself are missing, which would leave them random without a word, or if
+            the file of weights holds more than tensors.
     """
     config = load_config(source)
     arguments = {**source.arguments(), "attn_implementation": ATTENTION, "dtype": dtype, "output_loading_info": True}
-    if has_masked_lm_architecture(config):
-        model, info = AutoModelForMaskedLM.from_pretrained(**arguments)
-        if not info["missing_keys"]:
-            return model.eval()
-    model, info = AutoModel.from_pretrained(**arguments)
+    try:
+        if has_masked_lm_architecture(config):
+            model, info = AutoModelForMaskedLM.from_pretrained(**arguments)
+            if not info["missing_keys"]:
+                return model.eval()
+        model, info = AutoModel.from_pretrained(**arguments)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"model {source.model!r}: its file of weights holds more than tensors and was not loaded: it may run code; "
+            "use a model saved as safetensors"
+        ) from error
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise ValueError(

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -249,10 +250,17 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> None:
     """Restore model, optimizer and loss scale from a verified checkpoint; every process must call this.
 
     Raises:
+        ValueError: If a file holds more than tensors and plain values.
         RuntimeError: If DeepSpeed finds nothing to load.
     """
-    with _no_code_from_pickles():
-        path, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE)
+    try:
+        with _no_code_from_pickles():
+            path, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint {checkpoint}: a file in {ENGINE} is no engine state and was not loaded: it may run code; use "
+            f"checkpoints of your own runs only ({' '.join(str(error).split())[:300]})"
+        ) from error
     if path is None:
         raise RuntimeError(f"DeepSpeed could not load {checkpoint / ENGINE}")
 

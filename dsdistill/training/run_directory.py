@@ -23,6 +23,8 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from dsdistill.config.recipe import Recipe, read_recipe
+from dsdistill.corpus.files import sha256_of
+from dsdistill.corpus.manifest import MANIFEST_NAME
 from dsdistill.training.checkpoint import newest_undamaged, read_state, remove_unfinished, verify
 from dsdistill.training.dist import Place
 from dsdistill.training.engine import zero_stage
@@ -95,7 +97,7 @@ def _enter(
     remove_unfinished(directory / CHECKPOINTS)
     (directory / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     (directory / "ds_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (directory / "run.json").write_text(json.dumps(circumstances(place), indent=2) + "\n", encoding="utf-8")
+    (directory / "run.json").write_text(json.dumps(circumstances(recipe, place), indent=2) + "\n", encoding="utf-8")
     return checkpoint
 
 
@@ -149,13 +151,16 @@ def _difference(directory: Path, recipe: Recipe) -> str:
     return "its fingerprint differs"
 
 
-def circumstances(place: Place) -> dict[str, Any]:
-    """Versions, command and hardware of an attempt; no host or user names."""
+def circumstances(recipe: Recipe, place: Place) -> dict[str, Any]:
+    """Versions, command, data and hardware of an attempt; no host or user names."""
+    manifest = recipe.corpus.directory / MANIFEST_NAME
     packages = ("dsdistill", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy")
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "git_commit": _git_commit(),
+        "seed": recipe.seed,
+        "data_manifest_sha256": sha256_of(manifest) if manifest.is_file() else None,
         "processes": place.world_size,
         "device": _device_name(place),
         "cpu_cores": os.cpu_count(),

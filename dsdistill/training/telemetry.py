@@ -13,10 +13,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -124,7 +126,7 @@ class Telemetry:
             self.metrics = directory / "metrics.jsonl"
             keep_entries(self.metrics, first_step)
             with self._going_on("TensorBoard"):
-                self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+                self.writer = tensorboard_writer(directory / "tensorboard", first_step)
             terminal = sys.stderr.isatty()
             self.bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
 
@@ -220,6 +222,16 @@ class Telemetry:
                 self.writer.close()
         if self.bar is not None:
             self.bar.close()
+
+
+def tensorboard_writer(directory: Path, first_step: int) -> SummaryWriter:
+    """A writer that drops what an earlier attempt wrote after `first_step`; its file is not named after the host."""
+    plain = event_file_writer.socket
+    event_file_writer.socket = SimpleNamespace(gethostname=lambda: "run")
+    try:
+        return SummaryWriter(str(directory), purge_step=first_step + 1)
+    finally:
+        event_file_writer.socket = plain
 
 
 def memory_scalars(device: torch.device) -> dict[str, float]:
