@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from dsdistill.config.recipe import check_recipe, read_recipe
 from dsdistill.corpus.store import Corpus
 from dsdistill.models.loading import Source, load_config, load_encoder
-from dsdistill.pretrain import describe_plan, make_plan
+from dsdistill.plan import describe_plan, make_plan
 from dsdistill.training.checkpoint import STATE, seal, verify
 from dsdistill.training.dist import find_place
 from tests.faults.jobs import LONG, Job

@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from dsdistill.config.recipe import check_recipe
-from dsdistill.pretrain import distil, make_plan, open_corpus
+from dsdistill.plan import make_plan
+from dsdistill.pretrain import distil, open_corpus
 from dsdistill.training.checkpoint import ENGINE, MANIFEST, seal
 from dsdistill.training.dist import find_place
 from dsdistill.training.engine import start_processes

@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 
 from dsdistill.config.recipe import read_recipe
-from dsdistill.pretrain import distil, make_plan, open_corpus
+from dsdistill.plan import make_plan
+from dsdistill.pretrain import distil, open_corpus
 from dsdistill.summary import held_out_at
 from dsdistill.training.dist import find_place
 from dsdistill.training.engine import start_processes

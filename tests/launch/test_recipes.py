@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsdistill.config.recipe import read_recipe
-from dsdistill.pretrain import make_plan
+from dsdistill.plan import make_plan
 from dsdistill.training.dist import find_place
 from tests.launch.recipe_workers import PER_RECIPE, RECIPES, cases, short_overrides
 from tests.workers import run_workers

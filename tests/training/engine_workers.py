@@ -10,7 +10,8 @@ import dsdistill.pretrain as pretrain
 from dsdistill.config.recipe import Recipe, check_recipe
 from dsdistill.core import Batch
 from dsdistill.models.families import shape_of
-from dsdistill.pretrain import build_models, capture_student, distil, make_plan, open_corpus
+from dsdistill.plan import make_plan
+from dsdistill.pretrain import build_models, capture_student, distil, open_corpus
 from dsdistill.summary import held_out_at
 from dsdistill.training.dist import find_place, gather_rows
 from dsdistill.training.distiller import Distiller
