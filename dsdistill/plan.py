@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from dsdistill.config.deepspeed import fill_auto
@@ -67,6 +68,8 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan:
             return action()
         except ValueError as error:
             problems.append(str(error))
+        except StrictDataclassError as error:  # how transformers refuses a value in a config
+            problems.append(f"student.overrides: {' '.join(str(error).split())}")
 
     source = Source(
         model=recipe.teacher.model,

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dsdistill.config.recipe import OptimizationSettings, nearest
 
 LEARNING_KEYS = {
@@ -99,7 +101,8 @@ def _key_problems(content: Mapping[str, Any]) -> Iterator[str]:
             yield f'{key}: {value!r} is set here and in the recipe ({LEARNING_KEYS[key]}); write "auto"'
     for key, section in _section_models().items():
         if key in content:
-            yield from _section_problems(key, content[key], section)
+            problems = list(_section_problems(key, content[key], section))
+            yield from problems or _value_problems(key, content[key], section)
     fp16, bf16 = (content.get(key, {}) for key in ("fp16", "bf16"))
     if isinstance(fp16, dict) and isinstance(bf16, dict) and fp16.get("enabled") and bf16.get("enabled"):
         yield "fp16 and bf16 are both enabled; choose one"
@@ -128,6 +131,16 @@ def _section_problems(path: str, content: Any, model: Any) -> Iterator[str]:
                 yield from _section_problems(f"{path}.{key}", value, inner)
     if "stage" in content and content["stage"] not in (0, 1, 2, 3):
         yield f"{path}.stage: must be 0, 1, 2 or 3, got {content['stage']!r}"
+
+
+def _value_problems(path: str, content: Mapping[str, Any], model: Any) -> Iterator[str]:
+    """What DeepSpeed's own model of a section says about values, "auto" left to it."""
+    try:
+        model(**content)
+    except ValidationError as error:
+        for problem in error.errors():
+            where = ".".join(map(str, (path, *problem["loc"])))
+            yield f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"
 
 
 def fill_auto(

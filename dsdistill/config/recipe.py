@@ -92,7 +92,7 @@ class MaskingSettings(Strict):
 class Ramp(BaseModel):
     """A number that changes over training steps."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
     start: float = Field(alias="from", description="value up to step `begin`")
     end: float = Field(alias="to", description="value from step `end_step` on")

@@ -6,6 +6,7 @@ import pickle
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -52,7 +53,7 @@ def load_config(source: Source) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(**source.arguments())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model {source.model!r} cannot be read ({first_line}); give a local directory with config.json, a hub "
