@@ -61,12 +61,16 @@ class Job:
             self.kill()
             raise AssertionError("still running:\n" + self.tails()) from None
 
+    def kill_rank(self, rank: int) -> None:
+        """One rank with its workers."""
+        if self.processes[rank].poll() is None:
+            os.killpg(self.processes[rank].pid, signal.SIGKILL)
+            self.processes[rank].wait()
+
     def kill(self) -> None:
-        """All processes of the job, workers too."""
-        for process in self.processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        """All processes of the job."""
+        for rank in range(len(self.processes)):
+            self.kill_rank(rank)
 
     def tails(self) -> str:
         return "\n".join(f"--- rank {i}\n{self.output(i)[-3000:]}" for i in range(len(self.processes)))
