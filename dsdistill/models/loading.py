@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
@@ -61,7 +62,27 @@ def load_config(source: Source) -> PreTrainedConfig:
         ) from error
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
         raise ValueError(f"model {source.model!r} is a {config.model_type} decoder; only encoders can be distilled")
+    check_family(config)
     return config
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Refuse families whose attention cannot be captured, before weights are read.
+
+    Raises:
+        ValueError: If the family keeps attention code of its own, or does not say which modules are its layers.
+    """
+    classes = MODEL_MAPPING.get(type(config), None)
+    for encoder in classes if isinstance(classes, tuple) else (classes,):
+        if encoder is None or (
+            encoder._supports_attention_backend and "hidden_states" in (encoder._can_record_outputs or {})
+        ):
+            return  # None: code that came with the model, which tells at its first forward
+    raise ValueError(
+        f"{config.model_type} keeps attention code of its own (not transformers' attention interface), which cannot be "
+        "captured yet; families that can: BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, ALBERT, ModernBERT and others "
+        "that use the interface"
+    )
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:

@@ -1,12 +1,11 @@
-import copy
-
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, DebertaV2Config, MPNetConfig
 
 from dsdistill.core import Batch
 from dsdistill.models.capture import ATTENTION, Captured
 from dsdistill.models.families import truncate
+from dsdistill.models.loading import check_family
 from tests.models.families_under_test import FAMILIES, tiny_configs
 
 WANTED = {"query": [2, 3], "key": [2, 3], "value": [3], "hidden": [0, 1, 3, 4]}
@@ -138,9 +137,12 @@ def test_capture_survives_compilation_of_the_full_graph(family):
     assert features.windows == expected.windows
 
 
-def test_families_with_attention_of_their_own_are_refused():
-    from transformers import MPNetConfig, MPNetModel
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_can_be_captured_are_known_from_their_configs(family):
+    check_family(tiny_configs()[family])
 
-    config = MPNetConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    with pytest.raises(ValueError, match="MPNet"):
-        Captured(MPNetModel(copy.deepcopy(config)), {"query": [1]})
+
+@pytest.mark.parametrize("config", [MPNetConfig, DebertaV2Config])
+def test_families_with_attention_of_their_own_are_refused_by_name(config):
+    with pytest.raises(ValueError, match=f"{config.model_type} keeps attention code of its own"):
+        check_family(config())
