@@ -3,20 +3,17 @@
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from dsdistill.training.dist import free_port
-from tests.workers import ROOT, start, wait
+from tests.workers import ROOT
 
 SCRIPT = ROOT / "launch" / "pretrain_distill.py"
 JSONS = ROOT / "ds_configs"
@@ -69,40 +66,6 @@ def check_metrics(run: Path) -> None:
     tags = events.Tags()["scalars"]
     assert {"loss/total", "held_out/total", "throughput/tokens_per_s"} <= set(tags)
     assert [event.step for event in events.Scalars("held_out/total")] == [0, 3, 6]
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("world_size", [2])
-def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(recipe_file, tmp_path, world_size):
-    longer = ["--set", "optimization.steps=12", "--set", "checkpoint.every_steps=2"]
-    outputs = [tmp_path / "unbroken", tmp_path / "killed"]
-    settings = [[*longer, "--set", f"output={output}"] for output in outputs]
-    wait(start([sys.executable, *command(recipe_file, *settings[0])], world_size))
-    for moment in (2, 6):
-        processes = start([sys.executable, *command(recipe_file, *settings[1])], world_size)
-        wait_for(outputs[1] / "checkpoints" / f"step-{moment:08d}", processes)
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    text = wait(start([sys.executable, *command(recipe_file, *settings[1])], world_size))
-    assert "resumed at step" in text
-    one, other = (load_file(o / "checkpoints" / "step-00000012" / "student.safetensors") for o in outputs)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert training_losses(outputs[0]) == training_losses(outputs[1])
-
-
-def training_losses(run: Path) -> list[tuple[int, float]]:
-    entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [(entry["step"], entry["loss/total"]) for entry in entries if entry["kind"] == "train"]
-
-
-def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + 200
-    while not path.exists():
-        assert time.monotonic() < deadline
-        assert all(p.poll() is None for p in processes), processes[0].communicate()[0][-3000:]
-        time.sleep(0.02)
 
 
 @pytest.fixture
