@@ -29,7 +29,6 @@ MACHINE_KEYS = frozenset(
         "bf16",
         "activation_checkpointing",
         "aio",
-        "checkpoint",
         "comms_logger",
         "communication_data_type",
         "compile",
@@ -62,10 +61,26 @@ ELSEWHERE = {
     "tensor_parallel": "encoders are not tensor-parallel here",
     "elasticity": "the recipe's global batch holds for any number of processes",
     "amp": "use fp16 or bf16",
+    "checkpoint": "checkpoints are sealed as a whole; the recipe's section `checkpoint` says when",
     "data_efficiency": "the recipe decides about data",
     "curriculum_learning": "the recipe decides about data",
 }
 """Keys DeepSpeed knows and we refuse, with the reason."""
+
+SECTION_KEYS = {
+    "activation_checkpointing": (
+        *("partition_activations", "contiguous_memory_optimization", "cpu_checkpointing", "number_checkpoints"),
+        *("synchronize_checkpoint_boundary", "profile"),
+    ),
+    "aio": ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
+    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+    "flops_profiler": (
+        *("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed"),
+        "output_file",
+    ),
+    "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
+}
+"""Keys of the sections for which DeepSpeed has no model."""
 
 TOKENS_PER_MICRO_BATCH = {"cuda": 32768, "cpu": 4096}
 """What `train_micro_batch_size_per_gpu: "auto"` aims at."""
@@ -103,6 +118,14 @@ def _key_problems(content: Mapping[str, Any]) -> Iterator[str]:
         if key in content:
             problems = list(_section_problems(key, content[key], section))
             yield from problems or _value_problems(key, content[key], section)
+    for key, names in SECTION_KEYS.items():
+        section = content.get(key, {})
+        if not isinstance(section, dict):
+            yield f"{key}: must be an object, got {section!r}"
+            continue
+        for name in section:
+            if name not in names:
+                yield f"{key}.{name}: unknown key{nearest(name, names)}; DeepSpeed would ignore it silently"
     fp16, bf16 = (content.get(key, {}) for key in ("fp16", "bf16"))
     if isinstance(fp16, dict) and isinstance(bf16, dict) and fp16.get("enabled") and bf16.get("enabled"):
         yield "fp16 and bf16 are both enabled; choose one"
@@ -110,10 +133,18 @@ def _key_problems(content: Mapping[str, Any]) -> Iterator[str]:
 
 def _section_models() -> dict[str, Any]:
     """DeepSpeed's own pydantic models of the sections we use, which know all keys of this release."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    return {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
+    return {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "fp16": DeepSpeedFP16Config,
+        "bf16": DeepSpeedBF16Config,
+        "comms_logger": CommsLoggerConfig,
+        "compile": CompileConfig,
+    }
 
 
 def _section_problems(path: str, content: Any, model: Any) -> Iterator[str]:

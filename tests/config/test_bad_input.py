@@ -231,8 +231,13 @@ DS = {
         "reduce_bucket_size": 1000,
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
     },
+    "aio": {"block_size": 1000},
+    "flops_profiler": {"enabled": False},
+    "comms_logger": {"enabled": False},
 }
 DS_PATHS = list(leaves(DS))
+TYPED_PATHS = [path for path in DS_PATHS if path[0] not in ("aio", "flops_profiler")]
+"""DeepSpeed has no types for the values of the other sections."""
 
 
 def read_and_fill(path: Path, content: dict) -> None:
@@ -262,7 +267,7 @@ def test_junk_in_a_json_gives_a_json_or_a_sentence(tmp_path, path, value):
 
 
 @examples(60)
-@given(path=st.sampled_from(DS_PATHS), value=st.sampled_from(["yes please", [1], {"x": 1}]))
+@given(path=st.sampled_from(TYPED_PATHS), value=st.sampled_from(["yes please", [1], {"x": 1}]))
 def test_json_values_of_the_wrong_type_are_refused_by_name(tmp_path, path, value):
     problem = problem_of(lambda: read_and_fill(tmp_path / "ds.json", changed(DS, path, value)))
     assert problem is not None
