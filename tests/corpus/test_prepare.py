@@ -258,7 +258,10 @@ def test_tokenizer_without_special_tokens_is_refused(tokenizer_dirs, text_file, 
 
 def run_cli(*arguments: str, limit_bytes: int | None = None, **options) -> subprocess.Popen:
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+        "HF_HUB_OFFLINE": "1",
+    }
 
     def limit() -> None:
         if limit_bytes is not None:

@@ -144,7 +144,7 @@ def test_a_run_directory_tells_nothing_of_host_user_or_environment(recipe_file, 
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "import platform, socket\nsocket.gethostname = platform.node = lambda: 'host-9c41'\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
     job = Job(recipe_file, *LONG, "optimization.steps=4", "checkpoint.every_steps=2")
     assert job.codes() == [0], job.tails()
     run = tmp_path / "run"
