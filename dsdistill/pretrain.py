@@ -60,8 +60,12 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
         return
     corpus, held_out, tokenizer = open_corpus(recipe, plan, place)
     start_processes(place, recipe.faults.hang_timeout_s)
-    with signals.deferred():
-        distil(plan, corpus, held_out, tokenizer, place, resume)
+    try:
+        with signals.deferred():
+            distil(plan, corpus, held_out, tokenizer, place, resume)
+    except signals.StoppedError:
+        stop_processes()  # all ranks are at the same step; after other errors nobody may wait for anybody
+        raise
     if place.is_first:
         print(summarize(recipe.output), flush=True)
     stop_processes()
