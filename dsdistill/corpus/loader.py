@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -167,6 +168,7 @@ def _stay_until_dismissed(_worker: int) -> None:
     """Let a worker outlive the signals that ask a whole job to stop: its rank still needs batches for a last step.
 
     A terminal, SLURM and the deepspeed launcher signal workers too; SIGTERM counts only if the rank itself sends it.
+    A worker whose rank is gone leaves within a second: torch's own check does not, once batches fill the pipe.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -175,8 +177,11 @@ def _stay_until_dismissed(_worker: int) -> None:
 
 
 def _leave_when_dismissed() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+    rank = multiprocessing.parent_process()
+    while rank is not None and rank.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if received is not None and received.si_pid == rank.pid:
+            break
     os._exit(0)
 
 

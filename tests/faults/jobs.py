@@ -83,3 +83,23 @@ def assert_same_weights(one: Path, other: Path, step: int) -> None:
     assert weights[0].keys() == weights[1].keys()
     different = [name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])]
     assert not different, f"{different[0]} and {len(different) - 1} others differ"
+
+
+def processes_with(text: str) -> list[str]:
+    """Numbers of the processes whose command line holds a text."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text in path.read_bytes().decode(errors="replace"):
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+def assert_nobody_stays(text: str, limit_s: float) -> None:
+    """All processes with this text in their command line end within the limit."""
+    deadline = time.monotonic() + limit_s
+    while processes_with(text):
+        assert time.monotonic() < deadline, processes_with(text)
+        time.sleep(0.2)

@@ -3,24 +3,12 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import LONG, STEPS, Job, assert_same_weights
+from tests.faults.jobs import LONG, STEPS, Job, assert_nobody_stays, assert_same_weights
 
 pytestmark = pytest.mark.multiprocess
-
-
-def processes_with(text: str) -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if text in path.read_bytes().decode(errors="replace"):
-                found.append(path.parent.name)
-        except OSError:
-            continue
-    return found
 
 
 LONG_KILL = pytest.param(1, (signal.SIGKILL, signal.SIGSTOP), marks=pytest.mark.slow)
@@ -45,10 +33,7 @@ def test_ranks_that_stand_still_or_die_are_named_and_nobody_stays(recipe_file, t
         assert lost == 0 or "step " in message
         print(f"{number.name}: {time.monotonic() - start:.1f} s: {message}")
         os.killpg(job.processes[lost].pid, signal.SIGKILL)
-        deadline = time.monotonic() + 15
-        while processes_with(str(recipe_file)):
-            assert time.monotonic() < deadline, processes_with(str(recipe_file))
-            time.sleep(0.2)
+        assert_nobody_stays(str(recipe_file), 15)
     if len(numbers) == 1:
         return  # kills of one rank, and how runs go on after them, are in test_kills.py
     job = Job(recipe_file, *settings, world_size=2)

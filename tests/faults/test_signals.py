@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import LONG, STEPS, Job, assert_same_weights
+from tests.faults.jobs import LONG, STEPS, Job, assert_nobody_stays, assert_same_weights
 from tests.workers import ROOT
 
 pytestmark = pytest.mark.multiprocess
@@ -56,6 +56,7 @@ def test_a_second_ctrl_c_stops_at_once(recipe_file, tmp_path):
         job.processes[0].send_signal(signal.SIGINT)
         time.sleep(0.5)
     assert job.codes(timeout=2) == [130]
+    assert_nobody_stays(str(recipe_file), 5)  # its workers have full pipes
     assert checkpoints(tmp_path / "run") == []
 
 
