@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from pathlib import Path
@@ -52,13 +53,14 @@ def export_run(directory: Path, checkpoint: Path | None = None, output: Path | N
     student = rebuild(directory / SKELETON, load_file(checkpoint / STUDENT))
     restore_dropout(encoder_of(student).config, load_config(source))
     output = output or directory / EXPORT
+    step = read_state(checkpoint)["step"]
     facts = {
         "name": recipe.name,
         "teacher": Path(recipe.teacher.model).name,
         **{key: f"{value:,}" for key, value in size_of(student).items()},
         "head": "masked LM" if has_head(student) else "none",
-        "optimizer steps": read_state(checkpoint)["step"],
-        **{f"held-out {name}": f"{value:.4f}" for name, value in held_out_at(directory, -1).items()},
+        "optimizer steps": step,
+        **{f"held-out {name}": f"{value:.4f}" for name, value in held_out_at(directory, -1, last_step=step).items()},
     }
     export_student(student, load_tokenizer(source), output, card=model_card(facts, recipe.to_yaml()), teacher=source)
     return output
@@ -70,9 +72,10 @@ def teacher_source(recipe: Recipe) -> Source:
     return Source(model=teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
 
 
-def held_out_at(directory: Path, index: int) -> dict[str, float]:
-    """The held-out objective of the first (0) or last (-1) evaluation; empty if there was none."""
-    entries = [entry for entry in read_metrics(directory / "metrics.jsonl") if entry["kind"] == "held_out"]
+def held_out_at(directory: Path, index: int, *, last_step: float = math.inf) -> dict[str, float]:
+    """The held-out objective of the first (0) or last (-1) evaluation up to a step; empty if there was none."""
+    told = read_metrics(directory / "metrics.jsonl")
+    entries = [entry for entry in told if entry["kind"] == "held_out" and entry["step"] <= last_step]
     prefix = "held_out/"
     return {k.removeprefix(prefix): v for k, v in entries[index].items() if k.startswith(prefix)} if entries else {}
 

@@ -74,7 +74,6 @@ def save_checkpoint(
     final = directory / checkpoint_name(state["step"])
     partial = directory / f"partial-{final.name}"
     first = engine.global_rank == 0
-    first = engine.global_rank == 0
 
     def begin() -> None:
         for leftover in (partial, final):

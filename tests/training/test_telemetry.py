@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsdistill.core import Losses
+from dsdistill.summary import held_out_at
 from dsdistill.training.dist import Place
 from dsdistill.training.telemetry import LossSums, Stopwatch, Telemetry, keep_entries, read_metrics
 
@@ -99,3 +100,11 @@ def test_lines_are_plain_without_a_terminal(tmp_path, capsys):
     assert shown.out == ""
     kinds = [entry["kind"] for entry in read_metrics(tmp_path / "metrics.jsonl")]
     assert kinds == ["train", "held_out"]
+
+
+def test_a_card_tells_the_numbers_of_its_own_checkpoint(tmp_path):
+    lines = ({"kind": "held_out", "step": step, "held_out/total": 9.0 - step} for step in (0, 3, 6))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert held_out_at(tmp_path, -1, last_step=3) == {"total": 6.0}
+    assert held_out_at(tmp_path, -1) == {"total": 3.0}
+    assert held_out_at(tmp_path, 0) == {"total": 9.0}
