@@ -71,7 +71,7 @@ def _expand(name: str, chosen: Format) -> list[Source]:
     if chosen == "hub":
         return [Source(name, "hub", 0)]
     if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.is_file() and _format_of(p) is not None]
+        found = [p for p in sorted(path.rglob("*")) if p.is_file() and format_of(p) is not None]
         if not found:
             raise ValueError(f"{name}: no file in this directory ends in {' '.join(_FORMAT_OF_SUFFIX)}")
     elif path.is_file():
@@ -87,10 +87,11 @@ def _expand(name: str, chosen: Format) -> list[Source]:
         return [Source(name, "hub", 0)]
     else:
         raise ValueError(f"{name}: no such file or directory")
-    return [Source(str(p), _format_of(p) or "text" if chosen == "auto" else chosen, p.stat().st_size) for p in found]
+    return [Source(str(p), format_of(p) or "text" if chosen == "auto" else chosen, p.stat().st_size) for p in found]
 
 
-def _format_of(path: Path) -> Format | None:
+def format_of(path: Path) -> Format | None:
+    """Format by the file's suffix, a compression's suffix after it ignored; None if it says nothing."""
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -98,7 +99,7 @@ def _format_of(path: Path) -> Format | None:
 
 
 def _may_be_hub_name(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and _format_of(Path(name)) is None
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and format_of(Path(name)) is None
 
 
 def read_documents(sources: list[Source], settings: CorpusSettings, meter: Meter) -> Iterator[str]:
