@@ -52,7 +52,7 @@ def _full(error: OSError, path: Path, written: int) -> OSError:
     return OSError(
         error.errno,
         f"{os.strerror(error.errno or 0)}: {path} could not be written beyond {written} bytes "
-        f"({free.f_bavail * free.f_frsize} bytes free there); the corpus is unfinished, "
+        f"({free.f_bavail * free.f_frsize} bytes free there); "
         "make room and start the same command again to go on",
     )
 
