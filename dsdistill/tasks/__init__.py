@@ -1,0 +1,1 @@
+"""Labelled tasks: read, check, tokenize, batch; then score and write predictions."""
