@@ -16,6 +16,9 @@ from torch import Tensor
 
 Signal = Literal["query", "key", "value", "hidden", "logits"]
 
+Problem = Literal["classification", "regression", "multi_label"]
+"""What a task's labels are: one of C classes, a real number, or for each of C classes yes or no."""
+
 IGNORED_LABEL = -100
 
 
@@ -119,10 +122,12 @@ class Losses(NamedTuple):
     Attributes:
         total: Weighted sum, scalar; what backward sees.
         terms: Each term, unweighted and detached, for people.
+        logits: What the student answered, if the model was only asked to answer, else None.
     """
 
     total: Tensor
     terms: Mapping[str, Tensor]
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

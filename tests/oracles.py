@@ -112,6 +112,10 @@ def kd(s, t, kind, temperature, beta=0.5):
         if kind == "mse":
             rows.append(mean((a - b) ** 2 for a, b in zip(zs, zt, strict=True)))
             continue
+        if kind == "binary":
+            pairs = [(soft([a, 0.0], temperature), soft([b, 0.0], temperature)) for a, b in zip(zt, zs, strict=True)]
+            rows.append(mean(kl(p, q) for p, q in pairs))
+            continue
         p, q = soft(zt, temperature), soft(zs, temperature)
         if kind == "forward" or (kind == "jsd" and beta == 0):
             rows.append(kl(p, q))

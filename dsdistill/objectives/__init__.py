@@ -5,7 +5,7 @@ from dsdistill.objectives.contrastive import crd, info_nce
 from dsdistill.objectives.correlation import attention_pearson, logit_pearson
 from dsdistill.objectives.feature_maps import feature_map_losses
 from dsdistill.objectives.hidden import hidden_cosine, hidden_mse
-from dsdistill.objectives.logits import soft_cross_entropy, soft_divergence, token_cross_entropy
+from dsdistill.objectives.logits import binary_divergence, soft_cross_entropy, soft_divergence, token_cross_entropy
 from dsdistill.objectives.mapping import initial_layers, layer_pairs
 from dsdistill.objectives.registry import OBJECTIVES, SUPPLIED, Objective, find_objective, objective
 from dsdistill.objectives.relations import relation_kl
@@ -18,6 +18,7 @@ __all__ = [
     "attention_kl",
     "attention_mse",
     "attention_pearson",
+    "binary_divergence",
     "crd",
     "feature_map_losses",
     "find_objective",

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsdistill.core import Batch, Features, LayerPairs, ModelShape, Signal
+from dsdistill.core import Batch, Features, LayerPairs, ModelShape, Problem, Signal
 from dsdistill.objectives.attention import (
     allowed_pairs,
     attention_scores,
@@ -141,9 +141,15 @@ def _signals(*, of: Source, **_: object) -> frozenset[Signal]:
     return frozenset({"logits"}) if of == "logits" else frozenset({"query", "key"})
 
 
-def _check(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, *, of: Source, **params: object) -> None:
+def _check(
+    student: ModelShape, teacher: ModelShape, pairs: LayerPairs, *, of: Source, problem: Problem, **params: object
+) -> None:
     """Refuse, before anything runs, what cannot be compared and parameters that would have no effect."""
     if of == "logits":
+        if problem != "classification":
+            raise ValueError(
+                f"pearson of logits compares distributions over classes, but the task is {problem}; use kd"
+            )
         return
     equal_heads(student, teacher, pairs)
     changed = [name for name in ("temperature", "inter", "intra") if params[name] != 1]

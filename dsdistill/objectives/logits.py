@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsdistill.core import IGNORED_LABEL, Batch, Features, LayerPairs, ModelShape
+from dsdistill.core import IGNORED_LABEL, Batch, Features, LayerPairs, ModelShape, Problem
 from dsdistill.objectives.chunks import sum_over_rows
 from dsdistill.objectives.numerics import check_same_shape, promote
 from dsdistill.objectives.registry import objective
 
 Divergence = Literal["forward", "reverse", "jsd", "mse"]
-Problem = Literal["classification", "regression", "multi_label"]
 
 
 def soft_cross_entropy(student_NC: Tensor, teacher_NC: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -79,6 +78,30 @@ def soft_divergence(
     return _soft(rows, student_NC, teacher_NC, temperature)
 
 
+def binary_divergence(student_NC: Tensor, teacher_NC: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(P||Q) between yes and no of each class by itself, times temperature squared.
+
+    Hinton et al. 2015 (arXiv:1503.02531), section 2, with P and Q the sigmoids of each softened logit, as several
+    labels can be true at once. Half types are promoted to float32, float64 is kept.
+
+    Args:
+        student_NC: Student logits, (N, C), any float dtype; gradients flow.
+        teacher_NC: Teacher logits, (N, C); treated as constant.
+        temperature: Softening, > 0.
+
+    Returns:
+        Scalar in nats, mean over N and C; 0 if there are none.
+
+    Raises:
+        ValueError: If shapes differ or temperature is not positive.
+    """
+    _check_soft(student_NC, teacher_NC, temperature)
+    student, teacher = promote(student_NC) / temperature, promote(teacher_NC.detach()) / temperature
+    yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return (yes + no).sum() * (temperature**2 / max(student.numel(), 1))
+
+
 def token_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Cross-entropy against hard labels.
 
@@ -101,9 +124,7 @@ def _soft(
     rows: Callable[[Tensor, Tensor], Tensor], student_NC: Tensor, teacher_NC: Tensor, temperature: float
 ) -> Tensor:
     """Mean over N of `rows(log Q, log P)` at this temperature, times its square."""
-    check_same_shape("logits", student_NC, teacher_NC, instead="both models need the same vocabulary or classes")
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature} is not positive; 1 leaves the logits as they are")
+    _check_soft(student_NC, teacher_NC, temperature)
 
     def softened(student: Tensor, teacher: Tensor) -> Tensor:
         student_log = torch.log_softmax(promote(student) / temperature, dim=-1)
@@ -112,6 +133,12 @@ def _soft(
     width = student_NC.shape[1]
     total = sum_over_rows(softened, student_NC, teacher_NC.detach(), elements_per_row=width, recompute=True)
     return total * (temperature**2 / max(len(student_NC), 1))
+
+
+def _check_soft(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> None:
+    check_same_shape("logits", student_NC, teacher_NC, instead="both models need the same vocabulary or classes")
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} is not positive; 1 leaves the logits as they are")
 
 
 def _cross_entropy_rows(student_log: Tensor, teacher_log: Tensor) -> Tensor:
@@ -142,9 +169,14 @@ def _check_kd(
     divergence: Divergence,
     temperature: float,
     beta: float | None,
+    problem: Problem,
     **_: object,
 ) -> None:
     """Refuse, before anything runs, parameters that would have no effect."""
+    if problem != "classification" and divergence not in ("forward", "mse"):
+        raise ValueError(f"divergence={divergence!r} is for classes, but the task is {problem}; drop it")
+    if problem == "regression" and temperature != 1:
+        raise ValueError(f"temperature={temperature} has no effect on the numbers of a regression; drop it")
     if beta is not None and divergence != "jsd":
         raise ValueError(f"beta={beta} has no effect on divergence={divergence!r}; drop it or use 'jsd'")
     if divergence == "mse" and temperature != 1:
@@ -157,7 +189,8 @@ def _check_kd(
     teacher={"logits"},
     head=_check_kd,
     equation="T^2 mean_i KL(P_i || Q_i), P = softmax(z^T/T), Q = softmax(z^S/T); or KL(Q || P); "
-    "or b KL(P || M) + (1-b) KL(Q || M), M = b P + (1-b) Q; or mean (z^T - z^S)^2",
+    "or b KL(P || M) + (1-b) KL(Q || M), M = b P + (1-b) Q; or mean (z^T - z^S)^2 (always for regression); "
+    "multi_label: T^2 mean_{i, C} KL of sigmoid(z^T/T), sigmoid(z^S/T)",
     paper="Hinton et al., arXiv:1503.02531, sec. 2; JSD: arXiv:2306.13649; study arXiv:2305.15032, Vanilla KD",
 )
 def kd(
@@ -169,15 +202,19 @@ def kd(
     divergence: Divergence = "forward",
     temperature: float = 1.0,
     beta: float | None = None,
+    problem: Problem = "classification",
 ) -> dict[str, Tensor]:
-    """Soft targets at `Batch.targets`, or of the rows in a task; `mse` compares the logits themselves (regression).
+    """Soft targets at `Batch.targets`, or of the rows in a task; `mse` compares the logits themselves.
 
-    `jsd` without beta takes 0.5.
+    `jsd` without beta takes 0.5. The logits of a regression are compared themselves; those of several labels each
+    with its own, as yes and no.
     """
-    if divergence == "mse":
+    if divergence == "mse" or problem == "regression":
         check_same_shape("logits", student.logits, teacher.logits, instead="both models need the same outputs")
         squares = (promote(student.logits) - promote(teacher.logits.detach())).square()
         return {"kd": squares.sum() / max(squares.numel(), 1)}
+    if problem == "multi_label":
+        return {"kd": binary_divergence(student.logits, teacher.logits, temperature=temperature)}
     if student.logits.shape[-1] == 1:
         raise ValueError("kd of a single output is always 0; use divergence: mse for regression")
     weight = 0.5 if beta is None else beta

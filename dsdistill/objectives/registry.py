@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsdistill.core import Batch, Features, LayerPairs, ModelShape, Signal
+from dsdistill.core import Batch, Features, LayerPairs, ModelShape, Problem, Signal
 
 Signals = frozenset[Signal]
-SUPPLIED = frozenset({"head", "gather", "num_examples"})
+SUPPLIED = frozenset({"head", "gather", "num_examples", "problem"})
 """Keyword parameters that the `Distiller` supplies to objectives which name them; recipes cannot set them."""
 
 
@@ -74,7 +74,7 @@ class Objective:
         params: Mapping[str, Any],
         **supplied: Any,
     ) -> dict[str, Tensor]:
-        """Compute the terms; of `supplied` (head, gather, num_examples), the function gets what it names."""
+        """Compute the terms; of `supplied` (head, gather, num_examples, problem), the function gets what it names."""
         wanted = {name: value for name, value in supplied.items() if name in self.supplied}
         return self.function(student, teacher, batch, pairs, **params, **wanted)
 
@@ -86,6 +86,7 @@ class Objective:
         params: Mapping[str, Any],
         *,
         num_examples: int | None = None,
+        problem: Problem = "classification",
     ) -> nn.Module | None:
         """The term's own module, or None.
 
@@ -95,13 +96,14 @@ class Objective:
             pairs: The term's layer pairs.
             params: What the recipe sets; defaults are filled in.
             num_examples: Rows of the training data, for memory banks; None where the head is made to be checked only.
+            problem: What the labels are, for objectives on the logits of a task.
 
         Raises:
             ValueError: If the objective cannot compare these models or layers.
         """
         if self.head is None:
             return None
-        return self.head(student, teacher, pairs, num_examples=num_examples, **self._filled(params))
+        return self.head(student, teacher, pairs, num_examples=num_examples, problem=problem, **self._filled(params))
 
     def _filled(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters with defaults where the recipe is silent."""

@@ -296,11 +296,18 @@ CASES = [
         for beta in (0.0, 0.1, 0.5, 1.0)
     ),
     Case(id="kd-mse", name="kd", params={"divergence": "mse"}, world=TASK, oracle=kd("mse")),
+    Case(id="kd-regression", name="kd", world=TASK | {"outputs": 1, "labels": "real"}, oracle=kd("mse")),
+    Case(
+        id="kd-multi-label",
+        name="kd",
+        params={"temperature": 2.0},
+        world=TASK | {"labels": "multi"},
+        oracle=kd("binary", 2.0),
+    ),
     Case(id="task", name="task", world=TASK, vanishes=False, oracle=task(oracles.cross_entropy)),
     Case(
         id="task-regression",
         name="task",
-        params={"problem": "regression"},
         world=TASK | {"outputs": 1, "labels": "real"},
         vanishes=False,
         oracle=task(oracles.squared_error),
@@ -308,7 +315,6 @@ CASES = [
     Case(
         id="task-multi-label",
         name="task",
-        params={"problem": "multi_label"},
         world=TASK | {"labels": "multi"},
         vanishes=False,
         oracle=task(oracles.binary_cross_entropy),

@@ -99,6 +99,20 @@ def test_parameters_without_effect_are_refused(params, message):
         find_objective("kd").make_head(STUDENT, TEACHER, PAIRS, params)
 
 
+@pytest.mark.parametrize(
+    ("name", "params", "problem", "message"),
+    [
+        ("kd", {"divergence": "reverse"}, "regression", "is for classes"),
+        ("kd", {"divergence": "jsd"}, "multi_label", "is for classes"),
+        ("kd", {"temperature": 2.0}, "regression", "temperature=2.0 has no effect"),
+        ("pearson", {}, "regression", "over classes"),
+    ],
+)
+def test_what_makes_no_sense_in_a_task_is_refused(name, params, problem, message):
+    with pytest.raises(ValueError, match=message):
+        find_objective(name).make_head(STUDENT, TEACHER, PAIRS, params, problem=problem)
+
+
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match=r"\(40, 50\).*\(40, 49\)"):
         soft_divergence(random(0), random(1)[:, :-1])
@@ -111,7 +125,7 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="token labels"):
         terms(make_world(task=True), "mlm", {})
     with pytest.raises(ValueError, match="fit the labels"):
-        terms(make_world(task=True, outputs=2, labels="real"), "task", {"problem": "regression"})
+        terms(make_world(task=True, outputs=2, labels="real"), "task", {})
 
 
 def test_logit_objectives_need_no_layers():

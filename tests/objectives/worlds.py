@@ -39,6 +39,7 @@ class World:
     teacher_shape: ModelShape
     head: nn.Module | None = None
     params: dict[str, Any] = field(default_factory=dict)
+    problem: str = "classification"
 
     def leaves(self) -> list[Tensor]:
         """Every student tensor, to be differentiated."""
@@ -112,7 +113,8 @@ def make_world(
     ours = features(student, B, length, outputs, generator, rows=rows, size=size)
     if same:
         ours = equal(ours, theirs, pairs)
-    return World(batch, ours, theirs, pairs, student, teacher)
+    problem = {"classes": "classification", "real": "regression", "multi": "multi_label"}[labels]
+    return World(batch, ours, theirs, pairs, student, teacher, problem=problem)
 
 
 def equal(student: Features, teacher: Features, pairs: LayerPairs) -> Features:
@@ -165,7 +167,12 @@ def make_head(world: World, name: str, params: Mapping[str, Any], *, seed: int =
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = find_objective(name).make_head(
-            world.student_shape, world.teacher_shape, world.pairs, params, num_examples=EXAMPLES
+            world.student_shape,
+            world.teacher_shape,
+            world.pairs,
+            params,
+            num_examples=EXAMPLES,
+            problem=world.problem,
         )
     if head is None:
         return None
@@ -190,6 +197,7 @@ def terms(world: World, name: str, params: Mapping[str, Any], gather=identity) -
         head=world.head,
         gather=gather,
         num_examples=EXAMPLES,
+        problem=world.problem,
     )
 
 
