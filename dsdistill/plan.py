@@ -2,120 +2,253 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from dsdistill.config.deepspeed import fill_auto
-from dsdistill.config.recipe import Recipe
+from dsdistill.config.recipe import AnyRecipe, Pace, Recipe, TaskRecipe
+from dsdistill.config.sections import StudentSettings, Term
+from dsdistill.core import ModelShape, Problem
 from dsdistill.corpus.store import Corpus
+from dsdistill.locate import Source
 from dsdistill.models.capture import Wanted
-from dsdistill.models.families import shape_of
-from dsdistill.models.loading import (
-    Source,
-    has_masked_lm_architecture,
-    load_config,
-)
+from dsdistill.models.families import max_length, shape_of
+from dsdistill.models.loading import has_masked_lm_architecture, has_task_architecture, load_config, task_config
 from dsdistill.models.student import check_start, student_config
 from dsdistill.objectives.mapping import initial_layers
+from dsdistill.tasks.spec import TaskSpec, output_columns
 from dsdistill.training.dist import Place
 from dsdistill.training.distiller import BoundTerm, bind_terms, wanted_signals
 from dsdistill.training.engine import half_precision, zero_stage
 
+Found = TypeVar("Found")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Everything decided before weights are read: what `--dry_run` checks and prints.
+class StagePlan:
+    """What one stage trains.
 
     Attributes:
-        recipe: What is learned.
+        name: Of a task's stage; empty for task-agnostic distillation, which has one.
+        pace: What the loop follows.
         engine_config: DeepSpeed JSON, filled.
-        notes: What was decided on the way, for people.
-        source: The teacher.
-        teacher_config: Config of the complete teacher.
-        student_config: Config of the student.
-        layers: Teacher layers the student starts from, or None for random weights.
+        notes: What was decided for it, for people.
         terms: Summands of the loss, bound to layers.
         student_wants: Signals captured in the student.
         teacher_wants: Signals captured in the teacher; empty if no term needs one.
     """
 
-    recipe: Recipe
+    name: str
+    pace: Pace
     engine_config: dict[str, Any]
-    notes: list[str]
-    source: Source
-    teacher_config: PreTrainedConfig
-    student_config: PreTrainedConfig
-    layers: tuple[int, ...] | None
+    notes: tuple[str, ...]
     terms: list[BoundTerm]
     student_wants: Wanted
     teacher_wants: Wanted
 
 
-def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan:
-    """Check that recipe, JSON, models and text fit together.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(Generic[AnyRecipe]):
+    """Everything decided before weights are read: what `--dry_run` checks and prints.
+
+    Attributes:
+        recipe: What is learned.
+        source: The teacher.
+        teacher_config: Config of the complete teacher.
+        student_config: Config of the student.
+        layers: Teacher layers the student starts from, or None for random weights.
+        stages: What is trained, one after the other.
+    """
+
+    recipe: AnyRecipe
+    source: Source
+    teacher_config: PreTrainedConfig
+    student_config: PreTrainedConfig
+    layers: tuple[int, ...] | None
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any objective reads signals of the teacher."""
+        return any(stage.teacher_wants for stage in self.stages)
+
+
+def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Recipe]:
+    """Check that recipe, JSON, models and text of a task-agnostic run fit together.
 
     Raises:
         ValueError: With every problem found.
     """
-    problems: list[str] = []
+    problems = Problems()
+    row_length = problems.of(lambda: row_length_of(recipe)) or 1
+    source = recipe.teacher.source
+    models = plan_models(source, problems.of(lambda: load_config(source)), recipe.student, problems)
+    stage = plan_stage(recipe.objectives, recipe.pace, models, problems, ds_json, place, row_length=row_length)
+    if stage is not None and "logits" in stage.student_wants:
+        problems.found += logit_problems(recipe, source, models.teacher, stage.terms)
+    return finish_plan(recipe, models, [stage], problems)
 
-    def attempt(action: Callable[[], Any]) -> Any:
+
+def make_task_plan(
+    recipe: TaskRecipe, spec: TaskSpec, num_rows: int, ds_json: dict[str, Any], place: Place
+) -> Plan[TaskRecipe]:
+    """Check that recipe, JSON and models of a task fit together.
+
+    Args:
+        recipe: What is learned; `teacher.model` is the model that gives signals and first weights.
+        spec: The task.
+        num_rows: Training rows.
+        ds_json: From `read_deepspeed_json`.
+        place: This process.
+
+    Raises:
+        ValueError: With every problem found.
+    """
+    problems = Problems()
+    source = recipe.teacher.source
+    config = problems.of(lambda: task_config(load_config(source), spec.labels, spec.problem))
+    problems.of(lambda: teacher_outputs(source, spec))
+    models = plan_models(source, config, recipe.student, problems)
+    longest, length = max_length(models.teacher), recipe.data.max_length
+    if longest is not None and length > longest:
+        problems.found.append(f"data.max_length={length}, but {source.model} takes {longest} tokens; use fewer")
+    stages = []
+    for index, settings in enumerate(recipe.stages):
+        stage = plan_stage(
+            settings.objectives,
+            recipe.pace(index, num_rows),
+            models,
+            problems,
+            ds_json,
+            place,
+            row_length=length,
+            name=settings.name,
+            problem=spec.problem,
+        )
+        if stage is not None and any(term.objective.name == "mlm" for term in stage.terms):
+            problems.found.append(f"stage {stage.name}: mlm needs masked text, which a task has not; drop it")
+        stages.append(stage)
+    return finish_plan(recipe, models, stages, problems)
+
+
+def teacher_outputs(source: Source, spec: TaskSpec) -> tuple[int, ...] | None:
+    """Which output of a teacher stands for each label of the task; None if it has no head for tasks.
+
+    Raises:
+        ValueError: If its head is for other labels.
+    """
+    config = load_config(source)
+    if not has_task_architecture(config):
+        return None
+    names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    return output_columns(spec, names, f"model {source.model!r}")
+
+
+class Problems:
+    """Everything that was found wrong, told together."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def of(self, action: Callable[[], Found]) -> Found | None:
+        """What an action returns, or None after noting why it could not."""
         try:
             return action()
         except ValueError as error:
-            problems.append(str(error))
+            self.found.append(str(error))
         except StrictDataclassError as error:  # how transformers refuses a value in a config
-            problems.append(f"student.overrides: {' '.join(str(error).split())}")
+            self.found.append(f"student.overrides: {' '.join(str(error).split())}")
+        return None
 
-    source = Source(
-        model=recipe.teacher.model,
-        revision=recipe.teacher.revision,
-        trust_remote_code=recipe.teacher.trust_remote_code,
-    )
-    row_length = attempt(lambda: row_length_of(recipe)) or 1
-    teacher = attempt(lambda: load_config(source))
+    def error(self) -> ValueError:
+        """All of them as one error."""
+        return ValueError("\n".join(dict.fromkeys(self.found)))
+
+
+class Models(NamedTuple):
+    """Both models as far as they are known; the student is None if something is wrong with it."""
+
+    source: Source
+    teacher: PreTrainedConfig
+    student: PreTrainedConfig | None
+    layers: tuple[int, ...] | None
+
+
+def plan_models(
+    source: Source, teacher: PreTrainedConfig | None, settings: StudentSettings, problems: Problems
+) -> Models:
+    """The student's config, and the teacher layers it starts from.
+
+    Raises:
+        ValueError: Without a teacher, with every problem found so far: nothing else can be checked.
+    """
     if teacher is None:
-        raise ValueError("\n".join(problems))
-    settings = recipe.student
-    shape = shape_of(teacher)
-    layers = attempt(lambda: initial_layers(settings.init, settings.num_layers, shape.num_layers))
-    student = attempt(
+        raise problems.error()
+    layers = problems.of(lambda: initial_layers(settings.init, settings.num_layers, shape_of(teacher).num_layers))
+    student = problems.of(
         lambda: student_config(
             teacher, settings.num_layers, layers, dropout=settings.dropout, overrides=settings.overrides
         )
     )
-    terms = attempt(lambda: bind_terms(recipe, shape_of(student), shape)) if student is not None else None
     if student is not None:
-        attempt(lambda: check_start(teacher, student, resize=settings.resize, init_from=settings.init_from))
-    filled = attempt(
-        lambda: fill_auto(
-            ds_json,
-            recipe.optimization,
-            world_size=place.world_size,
-            device_type=place.device.type,
-            row_length=row_length,
-        )
-    )
-    student_wants, teacher_wants = wanted_signals(terms or ())
-    if "logits" in student_wants:
-        problems += logit_problems(recipe, source, teacher, terms or ())
-    if problems or student is None or terms is None:
-        raise ValueError("\n".join(problems))
-    return Plan(
-        recipe=recipe,
+        problems.of(lambda: check_start(teacher, student, resize=settings.resize, init_from=settings.init_from))
+    return Models(source, teacher, student, layers)
+
+
+def plan_stage(
+    objectives: Sequence[Term],
+    pace: Pace,
+    models: Models,
+    problems: Problems,
+    ds_json: dict[str, Any],
+    place: Place,
+    *,
+    row_length: int,
+    name: str = "",
+    problem: Problem = "classification",
+) -> StagePlan | None:
+    """One stage, or None if something is wrong."""
+    machine = {"world_size": place.world_size, "device_type": place.device.type, "row_length": row_length}
+    filled = problems.of(lambda: fill_auto(ds_json, pace.optimization, **machine))
+    if models.student is None:
+        return None
+    shapes = shape_of(models.student), shape_of(models.teacher)
+    terms = problems.of(lambda: bind_terms(objectives, *shapes, initial=models.layers, problem=problem))
+    if terms is None or filled is None:
+        return None
+    student_wants, teacher_wants = wanted_signals(terms)
+    return StagePlan(
+        name=name,
+        pace=pace,
         engine_config=filled[0],
-        notes=filled[1],
-        source=source,
-        teacher_config=teacher,
-        student_config=student,
-        layers=layers,
+        notes=tuple(filled[1]),
         terms=terms,
         student_wants=student_wants,
         teacher_wants=teacher_wants,
+    )
+
+
+def finish_plan(
+    recipe: AnyRecipe, models: Models, stages: Sequence[StagePlan | None], problems: Problems
+) -> Plan[AnyRecipe]:
+    """The plan, if nothing is wrong.
+
+    Raises:
+        ValueError: With every problem found.
+    """
+    if problems.found or models.student is None:
+        raise problems.error()
+    return Plan(
+        recipe=recipe,
+        source=models.source,
+        teacher_config=models.teacher,
+        student_config=models.student,
+        layers=models.layers,
+        stages=tuple(stage for stage in stages if stage is not None),
     )
 
 
@@ -130,34 +263,44 @@ def logit_problems(recipe: Recipe, source: Source, teacher: PreTrainedConfig, te
     return problems
 
 
-def describe_plan(plan: Plan, place: Place) -> str:
+def describe_plan(plan: Plan[Any], place: Place) -> str:
     """The plan as a page for people."""
     teacher, student = shape_of(plan.teacher_config), shape_of(plan.student_config)
-    optimization = plan.recipe.optimization
-    deepest = (
-        teacher.num_layers
-        if "logits" in plan.teacher_wants
-        else max((layer for layers in plan.teacher_wants.values() for layer in layers), default=0)
-    )
     lines = [
         f"run        {plan.recipe.name} -> {plan.recipe.output}",
-        f"teacher    {plan.source.model}: {teacher.num_layers} layers x {teacher.width}, {deepest} of them run",
+        f"teacher    {plan.source.model}: {teacher.num_layers} layers x {teacher.width}"
+        + ("" if plan.needs_teacher else ", no objective asks it"),
         *(["code       comes with the teacher and is run (trust_remote_code)"] * plan.source.trust_remote_code),
         f"student    {student.num_layers} layers x {student.width}, starting from {describe_start(plan)}",
+    ]
+    for stage in plan.stages:
+        lines += describe_stage(stage, teacher, place)
+    notes = dict.fromkeys(note for stage in plan.stages for note in stage.notes)
+    return "\n".join([*lines, *(f"note       {note}" for note in notes)])
+
+
+def describe_stage(stage: StagePlan, teacher: ModelShape, place: Place) -> list[str]:
+    """What one stage trains, for people."""
+    optimization, config = stage.pace.optimization, stage.engine_config
+    deepest = (
+        teacher.num_layers
+        if "logits" in stage.teacher_wants
+        else max((layer for layers in stage.teacher_wants.values() for layer in layers), default=0)
+    )
+    return [
+        *([f"stage      {stage.name}"] if stage.name else []),
         *(
             f"objective  {term.label} (weight {term.weight}): student layers {list(term.pairs.student)} "
             f"{'together ' if term.pairs.combine else ''}with teacher layers {list(term.pairs.teacher)}"
-            for term in plan.terms
+            for term in stage.terms
         ),
         f"training   {optimization.steps} steps of {optimization.global_batch} rows on {place.world_size} "
-        f"process(es), {place.device.type}, ZeRO {zero_stage(plan.engine_config)}, "
-        f"{str(half_precision(plan.engine_config)).removeprefix('torch.')}",
-        *(f"note       {note}" for note in plan.notes),
+        f"process(es), {place.device.type}, ZeRO {zero_stage(config)}, "
+        f"{str(half_precision(config)).removeprefix('torch.')}, {deepest} layers of the teacher run",
     ]
-    return "\n".join(lines)
 
 
-def describe_start(plan: Plan) -> str:
+def describe_start(plan: Plan[Any]) -> str:
     """What the student's weights are before training."""
     settings = plan.recipe.student
     if settings.init_from is not None:

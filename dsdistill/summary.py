@@ -21,7 +21,7 @@ from dsdistill.corpus.masking import Masker
 from dsdistill.corpus.store import Corpus
 from dsdistill.models.export import export_student, model_card, rebuild
 from dsdistill.models.families import encoder_of, shape_of
-from dsdistill.models.loading import Source, has_head, load_config, load_encoder, load_tokenizer
+from dsdistill.models.loading import head_of, load_config, load_encoder, load_tokenizer
 from dsdistill.models.student import build_student, restore_dropout
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.training.checkpoint import STUDENT, read_state, verify, whole_checkpoints
@@ -49,7 +49,7 @@ def export_run(directory: Path, checkpoint: Path | None = None, output: Path | N
         raise ValueError(f"{directory} has no finished checkpoint to export")
     checkpoint = checkpoint or found[-1]
     verify(checkpoint)
-    source = teacher_source(recipe)
+    source = recipe.teacher.source
     student = rebuild(directory / SKELETON, load_file(checkpoint / STUDENT))
     restore_dropout(encoder_of(student).config, load_config(source))
     output = output or directory / EXPORT
@@ -58,18 +58,12 @@ def export_run(directory: Path, checkpoint: Path | None = None, output: Path | N
         "name": recipe.name,
         "teacher": Path(recipe.teacher.model).name,
         **{key: f"{value:,}" for key, value in size_of(student).items()},
-        "head": "masked LM" if has_head(student) else "none",
+        "head": head_of(student),
         "optimizer steps": step,
         **{f"held-out {name}": f"{value:.4f}" for name, value in held_out_at(directory, -1, last_step=step).items()},
     }
     export_student(student, load_tokenizer(source), output, card=model_card(facts, recipe.to_yaml()), teacher=source)
     return output
-
-
-def teacher_source(recipe: Recipe) -> Source:
-    """Where the recipe's teacher comes from."""
-    teacher = recipe.teacher
-    return Source(model=teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
 
 
 def held_out_at(directory: Path, index: int, *, last_step: float = math.inf) -> dict[str, float]:
@@ -127,7 +121,7 @@ def summarize(directory: Path) -> str:
         A page for people.
     """
     recipe = read_recipe(directory)
-    source = teacher_source(recipe)
+    source = recipe.teacher.source
     model_directory = export_run(directory)
     teacher = load_encoder(source)
     checkpoint = whole_checkpoints(directory / CHECKPOINTS)[-1]

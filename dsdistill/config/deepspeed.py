@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsdistill.config.recipe import OptimizationSettings, nearest
+from dsdistill.config.problems import nearest
+from dsdistill.config.sections import OptimizationSettings
 
 LEARNING_KEYS = {
     "train_batch_size": "optimization.global_batch",

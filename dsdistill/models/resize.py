@@ -34,9 +34,9 @@ AXES = (
     (re.compile(r"attention\.output\.dense\."), (STREAM, "heads")),
     (re.compile(r"intermediate\.dense\."), ("neurons", STREAM)),
     (re.compile(r"\d\.output\.dense\."), (STREAM, "neurons")),
-    (re.compile(r"(transform|pooler|lm_head)\.dense\."), (STREAM, STREAM)),
-    (re.compile(r"(decoder|_embeddings)\.weight$"), (None, STREAM)),
-    (re.compile(r"(predictions|decoder|lm_head)\.bias$"), (None,)),
+    (re.compile(r"(transform|pooler|lm_head|classifier)\.dense\."), (STREAM, STREAM)),
+    (re.compile(r"(decoder|_embeddings|classifier|out_proj)\.weight$"), (None, STREAM)),
+    (re.compile(r"(predictions|decoder|lm_head|classifier|out_proj)\.bias$"), (None,)),
 )
 """What the axes of a weight are, by its name in BERT, RoBERTa and their kin; the first match counts, None is kept."""
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from dsdistill.locate import Source
 from dsdistill.models.capture import ATTENTION
 from dsdistill.models.families import drop_pooler, encoder_of, keep_layers, layer_list
-from dsdistill.models.loading import Source, load_config, load_encoder
+from dsdistill.models.loading import head_of, load_config, load_encoder
 from dsdistill.models.resize import Resize, check_shrinks, resize_weights, sizes_of
 
 DROPOUTS = (
@@ -94,6 +95,7 @@ def build_student(
     seed: int,
     resize: Resize | None = None,
     init_from: Path | None = None,
+    random_head: bool = False,
 ) -> PreTrainedModel:
     """A student in float32, wired for capture.
 
@@ -107,6 +109,8 @@ def build_student(
         seed: For weights that are not copied.
         resize: How weights become those of a narrower student; None refuses other shapes.
         init_from: Directory of a student of this shape to start from; `layers` must be None.
+        random_head: Copy the encoder only. With `init_from` the head of a task is always random: that student was
+            distilled without one, and perhaps without a pooler.
 
     Raises:
         ValueError: If weights to be copied do not fit the student's shapes.
@@ -116,13 +120,21 @@ def build_student(
         student = type(teacher)._from_config(copy.deepcopy(config), attn_implementation=ATTENTION, dtype=torch.float32)
     if getattr(encoder_of(teacher), "pooler", ...) is None:
         drop_pooler(student)
+    fresh = head_weights(student) if random_head else {}
     if init_from is not None:
         copy_student(init_from, student)
     elif layers is not None and resize is not None:
         copy_resized(teacher, student, layers, resize)
     elif layers is not None:
         copy_weights(teacher, student, layers)
+    student.load_state_dict(fresh, strict=False)
     return student
+
+
+def head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Copies of the weights outside of the encoder."""
+    inside = f"{model.base_model_prefix}."
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith(inside)}
 
 
 def copy_resized(teacher: PreTrainedModel, student: PreTrainedModel, layers: tuple[int, ...], resize: Resize) -> None:
@@ -141,11 +153,17 @@ def copy_resized(teacher: PreTrainedModel, student: PreTrainedModel, layers: tup
 def copy_student(directory: Path, student: PreTrainedModel) -> None:
     """Copy all weights from a Hugging Face directory that holds a model of the student's shape.
 
+    A student with the head of a task gets the encoder's, and the pooler's if there is one.
+
     Raises:
         ValueError: If it has other weights or shapes than the student.
     """
-    weights = load_encoder(Source(model=str(directory))).state_dict()
-    wanted = student.state_dict()
+    model = load_encoder(Source(model=str(directory)))
+    if head_of(student) == "task":
+        model, student = encoder_of(model), encoder_of(student)
+    weights, wanted = model.state_dict(), student.state_dict()
+    if not any("pooler" in name for name in weights):
+        wanted = {name: tensor for name, tensor in wanted.items() if "pooler" not in name}
     if weights.keys() != wanted.keys():
         different = sorted(weights.keys() ^ wanted.keys())
         raise ValueError(

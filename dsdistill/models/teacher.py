@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from dsdistill.core import Batch, Features
@@ -45,8 +46,13 @@ class ResidentTeacher:
 
     def checksum(self) -> str:
         """SHA-256 of all weights and buffers, to show that training left the teacher alone."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.captured.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return weights_checksum(self.captured)
+
+
+def weights_checksum(module: nn.Module) -> str:
+    """SHA-256 of all weights and buffers with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -109,6 +109,12 @@ class Vote:
         return bool(self.wish.item())
 
 
+def wait_for_all(place: Place) -> None:
+    """Wait for all ranks, if there are others."""
+    if place.world_size > 1:
+        barrier()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsdistill.config.recipe import Ramp, Recipe, Term
-from dsdistill.core import Batch, Features, LayerPairs, Losses, ModelShape, Signal
+from dsdistill.config.sections import Ramp, Term
+from dsdistill.core import Batch, Features, LayerPairs, Losses, ModelShape, Problem, Signal
 from dsdistill.models.capture import Captured
-from dsdistill.objectives.mapping import initial_layers, layer_pairs
+from dsdistill.objectives.mapping import layer_pairs
 from dsdistill.objectives.registry import Objective, find_objective
 
 Gather = Callable[[Tensor], Tensor]
@@ -42,21 +42,41 @@ def value_at(value: Any, step: int) -> Any:
     return value.at(step) if isinstance(value, Ramp) else value
 
 
-def bind_terms(recipe: Recipe, student: ModelShape, teacher: ModelShape) -> list[BoundTerm]:
+def bind_terms(
+    terms: Sequence[Term],
+    student: ModelShape,
+    teacher: ModelShape,
+    *,
+    initial: Sequence[int] | None,
+    problem: Problem = "classification",
+) -> list[BoundTerm]:
     """Resolve every term's layers.
+
+    Args:
+        terms: From the recipe.
+        student: Sizes of the student.
+        teacher: Sizes of the complete teacher.
+        initial: Teacher layers that the student starts from, or None.
+        problem: What a task's labels are.
 
     Raises:
         ValueError: With every problem found.
     """
     problems: list[str] = []
-    terms = [_bind(term, i, recipe, student, teacher, problems) for i, term in enumerate(recipe.objectives)]
+    found = [_bind(term, i, student, teacher, initial, problem, problems) for i, term in enumerate(terms)]
     if problems:
         raise ValueError("the recipe does not fit these models:\n" + "\n".join(f"  {p}" for p in problems))
-    return [term for term in terms if term is not None]
+    return [term for term in found if term is not None]
 
 
 def _bind(
-    term: Term, index: int, recipe: Recipe, student: ModelShape, teacher: ModelShape, problems: list[str]
+    term: Term,
+    index: int,
+    student: ModelShape,
+    teacher: ModelShape,
+    initial: Sequence[int] | None,
+    problem: Problem,
+    problems: list[str],
 ) -> BoundTerm | None:
     try:
         pairs = layer_pairs(
@@ -64,7 +84,7 @@ def _bind(
             student.num_layers,
             teacher.num_layers,
             embeddings=term.embeddings,
-            initial=initial_layers(recipe.student.init, student.num_layers, teacher.num_layers),
+            initial=initial,
         )
         bound = BoundTerm(
             label=term.label,
@@ -73,7 +93,7 @@ def _bind(
             weight=term.weight,
             params=term.params,
         )
-        bound.objective.make_head(student, teacher, pairs, bound.params_at(0))
+        bound.objective.make_head(student, teacher, pairs, bound.params_at(0), problem=problem)
     except ValueError as error:
         problems.append(f"objectives[{index}] ({term.label}): {error}")
         return None
@@ -102,6 +122,7 @@ class Distiller(nn.Module):
         num_examples: Rows of the training data, for memory banks.
         gather: Collects a tensor's rows from all ranks, with gradient; identity in one process.
         seed: Of the weights that start random.
+        problem: What a task's labels are.
     """
 
     def __init__(
@@ -114,6 +135,7 @@ class Distiller(nn.Module):
         num_examples: int,
         gather: Gather,
         seed: int,
+        problem: Problem = "classification",
     ):
         super().__init__()
         self.student = student
@@ -121,22 +143,29 @@ class Distiller(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             heads = {
-                t.label: t.objective.make_head(shape, teacher, t.pairs, t.params_at(0), num_examples=num_examples)
+                t.label: t.objective.make_head(
+                    shape, teacher, t.pairs, t.params_at(0), num_examples=num_examples, problem=problem
+                )
                 for t in self.terms
             }
         self.heads = nn.ModuleDict({_key(label): head for label, head in heads.items() if head is not None})
         self.num_examples = num_examples
         self.gather = gather
+        self.problem: Problem = problem
 
-    def forward(self, batch: Batch, teacher: Features, step: int) -> Losses:
+    def forward(self, batch: Batch, teacher: Features | None, step: int) -> Losses:
         """The student's forward and the objectives.
 
         Args:
             batch: Rows of this micro-batch.
-            teacher: The teacher's signals for the same rows; `NOTHING` if no term needs a teacher.
+            teacher: The teacher's signals for the same rows; `NOTHING` if no term needs a teacher; None to ask the
+                student for its logits only, without objectives.
             step: Optimizer step, for schedules.
         """
-        return self.losses(self.student(batch), batch, teacher, step)
+        student = self.student(batch)
+        if teacher is None:
+            return Losses(torch.zeros((), device=batch.input_ids.device), {}, student.logits)
+        return self.losses(student, batch, teacher, step)
 
     def losses(self, student: Features, batch: Batch, teacher: Features, step: int) -> Losses:
         """The objectives on recorded signals."""
@@ -153,6 +182,7 @@ class Distiller(nn.Module):
                 head=heads.get(_key(term.label)),
                 gather=self.gather,
                 num_examples=self.num_examples,
+                problem=self.problem,
             )
             for name, value in found.items():
                 label = term.label if name == term.objective.name else f"{term.label}.{name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, cast
 
@@ -14,8 +15,9 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from dsdistill.config.recipe import OptimizationSettings
+from dsdistill.config.sections import OptimizationSettings
 from dsdistill.training.dist import Place, rendezvous
+from dsdistill.training.signals import StoppedError
 from dsdistill.training.watchdog import LostRankError
 
 
@@ -50,6 +52,29 @@ def stop_processes() -> None:
     """Leave the job in order."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def processes(place: Place, timeout_s: float) -> Iterator[None]:
+    """Join the other processes and leave in order, also after a stop on request, when all are at the same step.
+
+    After other errors nobody leaves in order, for nobody may wait for anybody. Where the processes have been joined
+    before, nothing is done.
+
+    Raises:
+        LostRankError: If they do not all come.
+    """
+    joined = dist.is_initialized()
+    if not joined:
+        start_processes(place, timeout_s)
+    try:
+        yield
+    except StoppedError:
+        if not joined:
+            stop_processes()
+        raise
+    if not joined:
+        stop_processes()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

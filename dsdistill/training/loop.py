@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
 
-from dsdistill.config.recipe import Recipe
-from dsdistill.core import NOTHING, Batch, Features
+from dsdistill.config.recipe import Pace, RunSettings
+from dsdistill.core import NOTHING, Batch, Features, ModelShape, Problem
+from dsdistill.models.capture import Captured
 from dsdistill.training import signals
-from dsdistill.training.dist import Place, Vote
+from dsdistill.training.dist import Place, Vote, gather_rows
+from dsdistill.training.distiller import BoundTerm
 from dsdistill.training.engine import backward, optimizer_of
 from dsdistill.training.health import check_gradients, skips_in_a_row
 from dsdistill.training.schedule import learning_rate
@@ -27,14 +31,56 @@ Teacher = Callable[[Batch], Features]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """What one stage of training needs.
+    """What is trained in one stage, and on what.
 
     Attributes:
-        recipe: What is learned.
-        engine: Holds the `Distiller`.
-        teacher: Gives signals for a batch, or None if no term needs a teacher.
-        batches: Micro-batches of this rank from `first_step` on, without end before `recipe.optimization.steps`.
+        recipe: Kept in the stage's directory; a checkpoint belongs to it.
+        pace: Steps, learning rate, and when to look, tell and save.
+        engine_config: DeepSpeed JSON, filled.
+        directory: Where checkpoints, metrics and TensorBoard go.
+        checkpoint: Verified, to go on from, or None.
+        student: Wired for capture, with the weights that the stage starts from.
+        student_shape: Its sizes.
+        teacher_shape: Sizes of the complete teacher.
+        terms: Summands of the loss.
+        problem: What a task's labels are.
+        teacher: Gives signals for a batch of training rows, or None if no term needs a teacher.
+        held_out_teacher: The same for held-out rows.
+        batches: Micro-batches of this rank from a step on, without end before `pace.optimization.steps`.
         held_out: A fresh pass over this rank's held-out micro-batches, equally many on each rank.
+        probe: A few held-out rows, to find which parameters the loss reaches.
+        num_examples: Training rows.
+        score: Numbers of a task from the student's answers, or None; every rank calls it.
+        notes: Lines for people, told at the start.
+    """
+
+    recipe: RunSettings
+    pace: Pace
+    engine_config: dict[str, Any]
+    directory: Path
+    checkpoint: Path | None
+    student: Captured
+    student_shape: ModelShape
+    teacher_shape: ModelShape
+    terms: Sequence[BoundTerm]
+    problem: Problem = "classification"
+    teacher: Teacher | None
+    held_out_teacher: Teacher | None
+    batches: Callable[[int], Iterable[Batch]]
+    held_out: Callable[[], Iterable[Batch]]
+    probe: Batch
+    num_examples: int
+    score: Callable[[DeepSpeedEngine], Mapping[str, float]] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """A stage in training on this process.
+
+    Attributes:
+        stage: What is trained.
+        engine: Holds the `Distiller`.
         save: Writes a checkpoint after so many steps and says whether it could; every rank calls it.
         place: This process.
         telemetry: Where numbers go.
@@ -42,11 +88,8 @@ class Stage:
         first_step: Steps done before.
     """
 
-    recipe: Recipe
+    stage: Stage
     engine: DeepSpeedEngine
-    teacher: Teacher | None
-    batches: Iterable[Batch]
-    held_out: Callable[[], Iterable[Batch]]
     save: Callable[[int], bool]
     place: Place
     telemetry: Telemetry
@@ -54,50 +97,50 @@ class Stage:
     first_step: int
 
 
-def train(stage: Stage) -> None:
+def train(attempt: Attempt) -> None:
     """Run a stage from `first_step` to its last step.
 
     Raises:
         StoppedError: On all ranks alike, if a signal asked any of them to stop; what was done is saved.
         FloatingPointError: On all ranks alike, if losses or gradients are not finite, or fp16 overflows on and on.
     """
-    recipe, engine, telemetry = stage.recipe, stage.engine, stage.telemetry
-    last_step = recipe.optimization.steps
-    vote = Vote(stage.place)
+    pace, engine, telemetry = attempt.stage.pace, attempt.engine, attempt.telemetry
+    last_step = pace.optimization.steps
+    vote = Vote(attempt.place)
     vote.cast(signals.received() is not None)
-    saved = stage.first_step
-    if stage.first_step == 0 and not vote.count():
-        evaluate_now(stage, 0)
-    batches = iter(stage.batches)
-    logged, tokens, skips = stage.first_step, 0, 0
+    saved = attempt.first_step
+    if attempt.first_step == 0 and not vote.count():
+        evaluate_now(attempt, 0)
+    batches = iter(attempt.stage.batches(attempt.first_step))
+    logged, tokens, skips = attempt.first_step, 0, 0
     telemetry.pause()
-    for step in range(stage.first_step, last_step):
+    for step in range(attempt.first_step, last_step):
         done = step + 1
         stopping = vote.count()
         if stopping and saved == step:
             raise signals.StoppedError(f"stopped; {step} of {last_step} steps are done and saved")
-        saves = stopping or done % recipe.checkpoint.every_steps == 0 or done == last_step
-        evaluates = done % recipe.evaluation.every_steps == 0 or done == last_step
+        saves = stopping or done % pace.checkpoint.every_steps == 0 or done == last_step
+        evaluates = done % pace.evaluation_every == 0 or done == last_step
         # a checkpoint is never written of a step whose losses nobody has looked at
-        logs = saves or evaluates or done % recipe.logging.every_steps == 0
+        logs = saves or evaluates or done % pace.logging_every == 0
         skipped_before = engine.skipped_steps
-        read, norm = train_step(stage, batches, step, vote, measure=logs)
+        read, norm = train_step(attempt, batches, step, vote, measure=logs)
         skipped = engine.skipped_steps > skipped_before
         # ZeRO skips steps in other types too; there no loss scale can be blamed, and one is too many
         overflowed = skipped and engine.fp16_enabled()
-        scale, limit = loss_scale(engine), recipe.faults.skipped_steps
-        skips = skips_in_a_row(skips, overflowed, limit=limit, step=done, loss_scale=scale)
+        scale = loss_scale(engine)
+        skips = skips_in_a_row(skips, overflowed, limit=pace.skipped_steps, step=done, loss_scale=scale)
         tokens += read
         if logs or (skipped and not overflowed):
-            scalars = engine_scalars(engine, recipe, step) | {"optimization/grad_norm": norm}
-            told = telemetry.training(done, tokens * stage.place.world_size, done - logged, scalars)
+            scalars = engine_scalars(engine, pace, step) | {"optimization/grad_norm": norm}
+            told = telemetry.training(done, tokens * attempt.place.world_size, done - logged, scalars)
             if not overflowed:
                 check_gradients(math.nan if skipped else norm, told, step=done)
             logged, tokens = done, 0
         if evaluates:
-            evaluate_now(stage, done)
-        stage.watchdog.at(f"step {done}, checkpoint")
-        if saves and stage.save(done):
+            evaluate_now(attempt, done)
+        attempt.watchdog.at(f"step {done}, checkpoint")
+        if saves and attempt.save(done):
             saved = done
         if saves or evaluates:
             telemetry.pause()
@@ -106,25 +149,28 @@ def train(stage: Stage) -> None:
             raise signals.StoppedError(f"stopped; {done} of {last_step} steps are done{unsaved}")
 
 
-def train_step(stage: Stage, batches: Iterator[Batch], step: int, vote: Vote, *, measure: bool) -> tuple[int, float]:
+def train_step(
+    attempt: Attempt, batches: Iterator[Batch], step: int, vote: Vote, *, measure: bool
+) -> tuple[int, float]:
     """One optimizer step, with the vote about the next.
 
     Returns:
         Tokens that this rank read, and with `measure` the gradient's norm (else 0).
     """
-    engine, part = stage.engine, partial(step_part, stage, step + 1)
+    engine, pace, ask = attempt.engine, attempt.stage.pace, attempt.stage.teacher
+    part = partial(step_part, attempt, step + 1)
     tokens, norm = 0, 0.0
     for group in optimizer_of(engine).param_groups:
-        group["lr"] = learning_rate(step, stage.recipe.optimization)
+        group["lr"] = learning_rate(step, pace.optimization)
     for micro_step in range(engine.gradient_accumulation_steps()):
         with part("data"):
-            batch = next(batches).to(stage.place.device)
+            batch = next(batches).to(attempt.place.device)
         with part("teacher"):
-            teacher = stage.teacher(batch) if stage.teacher is not None else NOTHING
+            teacher = ask(batch) if ask is not None else NOTHING
         with part("student"):
-            seed_dropout(stage.recipe.seed, step, micro_step, stage.place.rank)
+            seed_dropout(pace.seed, step, micro_step, attempt.place.rank)
             losses = engine(batch, teacher, step)
-            stage.telemetry.sums.add(losses, step + 1)
+            attempt.telemetry.sums.add(losses, step + 1)
         with part("backward"):
             backward(engine, losses.total)
         if measure and engine.is_gradient_accumulation_boundary():
@@ -141,10 +187,10 @@ def train_step(stage: Stage, batches: Iterator[Batch], step: int, vote: Vote, *,
 
 
 @contextlib.contextmanager
-def step_part(stage: Stage, step: int, name: str) -> Iterator[None]:
+def step_part(attempt: Attempt, step: int, name: str) -> Iterator[None]:
     """Time a part of a step, and note it in case it never ends."""
-    stage.watchdog.at(f"step {step}, {name}")
-    with stage.telemetry.stopwatch.part(name):
+    attempt.watchdog.at(f"step {step}, {name}")
+    with attempt.telemetry.stopwatch.part(name):
         yield
 
 
@@ -161,10 +207,10 @@ def seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, micro_step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def engine_scalars(engine: DeepSpeedEngine, recipe: Recipe, step: int) -> dict[str, float]:
+def engine_scalars(engine: DeepSpeedEngine, pace: Pace, step: int) -> dict[str, float]:
     """Scalars that only the engine knows."""
     return {
-        "optimization/learning_rate": learning_rate(step, recipe.optimization),
+        "optimization/learning_rate": learning_rate(step, pace.optimization),
         "optimization/loss_scale": loss_scale(engine),
         "optimization/skipped_steps": float(engine.skipped_steps),
     }
@@ -175,15 +221,18 @@ def loss_scale(engine: DeepSpeedEngine) -> float:
     return float(getattr(engine.optimizer, "cur_scale", getattr(engine.optimizer, "loss_scale", 1.0)))
 
 
-def evaluate_now(stage: Stage, step: int) -> None:
-    """Measure and report the objectives on held-out text."""
+def evaluate_now(attempt: Attempt, step: int) -> None:
+    """Measure and report the objectives on held-out rows, and the task's scores if there are any."""
+    stage = attempt.stage
 
     def batches() -> Iterator[Batch]:
         for number, batch in enumerate(stage.held_out()):
-            stage.watchdog.at(f"step {step}, held-out batch {number}")
+            attempt.watchdog.at(f"step {step}, held-out batch {number}")
             yield batch
 
-    stage.telemetry.evaluation(step, evaluate(stage.engine, stage.teacher, batches(), stage.place, step))
+    losses = evaluate(attempt.engine, stage.held_out_teacher, batches(), attempt.place, step)
+    attempt.watchdog.at(f"step {step}, scores")
+    attempt.telemetry.evaluation(step, losses, stage.score(attempt.engine) if stage.score is not None else {})
 
 
 @torch.no_grad()
@@ -198,3 +247,26 @@ def evaluate(
         sums.add(engine(batch, teacher(batch) if teacher is not None else NOTHING, step), step)
     engine.train()
     return sums.read()
+
+
+@torch.no_grad()
+def answers(engine: DeepSpeedEngine, batches: Iterable[Batch], place: Place) -> tuple[np.ndarray, np.ndarray]:
+    """The student's logits for rows of a task; every rank must call this with equally many batches of equal size.
+
+    Args:
+        engine: Holds the `Distiller`, whose student captures logits.
+        batches: This rank's rows.
+        place: This process.
+
+    Returns:
+        int64 (M,) row numbers and float32 (M, C) logits over all ranks, in any order, repetitions included.
+    """
+    ids, logits = [], []
+    engine.eval()
+    for batch in batches:
+        answer = engine(batch.to(place.device), None, 0).logits
+        ids.append(batch.sample_ids.to(place.device))
+        logits.append(answer.float())
+    engine.train()
+    numbers, values = (gather_rows(torch.cat(parts)).cpu().numpy() for parts in (ids, logits))  # sync
+    return numbers, values

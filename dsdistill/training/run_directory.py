@@ -22,9 +22,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from dsdistill.config.recipe import Recipe, read_recipe
-from dsdistill.corpus.files import sha256_of
-from dsdistill.corpus.manifest import MANIFEST_NAME
+from dsdistill.config.recipe import RunSettings, read_settings
 from dsdistill.training.checkpoint import newest_undamaged, read_state, remove_unfinished, verify
 from dsdistill.training.dist import Place
 from dsdistill.training.engine import zero_stage
@@ -33,18 +31,19 @@ CHECKPOINTS = "checkpoints"
 SKELETON = "skeleton"
 EXPORT = "model"
 RECIPE = "recipe.yaml"
+CIRCUMSTANCES = "run.json"
 
 FREE_TO_CHANGE = ("name", "source", "output", "evaluation", "logging", "checkpoint", "faults")
 """Recipe keys that do not touch what is learned, so a run may be resumed with others."""
 
 
-def fingerprint(recipe: Recipe) -> str:
+def fingerprint(recipe: RunSettings) -> str:
     """SHA-256 of all that decides what is learned."""
     content = recipe.model_dump(mode="json", exclude=set(FREE_TO_CHANGE), serialize_as_any=True)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def state_of(step: int, recipe: Recipe, config: dict[str, Any], place: Place) -> dict[str, Any]:
+def state_of(step: int, recipe: RunSettings, config: dict[str, Any], place: Place) -> dict[str, Any]:
     """What a checkpoint remembers beside the engine's own state; data order and masks follow from the step."""
     return {
         "step": step,
@@ -61,21 +60,35 @@ def step_of(checkpoint: Path) -> int:
 
 
 def enter(
-    directory: Path, recipe: Recipe, config: dict[str, Any], place: Place, resume: Literal["auto", "never"] | Path
+    directory: Path,
+    recipe: RunSettings,
+    config: dict[str, Any],
+    place: Place,
+    resume: Literal["auto", "never"] | Path,
+    *,
+    data_sha256: str | None,
 ) -> Path | None:
-    """Prepare the run directory and choose the checkpoint to go on from; every process must call this.
+    """Prepare the directory of a run or of a stage, and choose the checkpoint to go on from; every process calls this.
+
+    Args:
+        directory: Made if it is not there.
+        recipe: What is learned.
+        config: DeepSpeed JSON, filled.
+        place: This process.
+        resume: As the command line has it.
+        data_sha256: Checksum of the training data, which must be that of the checkpoint.
 
     Returns:
         The verified checkpoint, or None to start from the beginning.
 
     Raises:
-        ValueError: On all processes alike, if the checkpoint is damaged or belongs to another recipe, number of
-            processes or ZeRO stage.
+        ValueError: On all processes alike, if the checkpoint is damaged or belongs to another recipe, other data,
+            another number of processes or ZeRO stage.
     """
     outcome: list[Any] = [None]
     if place.is_first:
         try:
-            outcome = [_enter(directory, recipe, config, place, resume)]
+            outcome = [_enter(directory, recipe, config, place, resume, data_sha256)]
         except (ValueError, OSError) as error:
             outcome = [ValueError(str(error))]
     if place.world_size > 1:
@@ -86,7 +99,12 @@ def enter(
 
 
 def _enter(
-    directory: Path, recipe: Recipe, config: dict[str, Any], place: Place, resume: Literal["auto", "never"] | Path
+    directory: Path,
+    recipe: RunSettings,
+    config: dict[str, Any],
+    place: Place,
+    resume: Literal["auto", "never"] | Path,
+    data_sha256: str | None,
 ) -> Path | None:
     if resume == "never" and directory.exists() and any(directory.iterdir()):
         aside = directory.with_name(f"{directory.name}.{time.strftime('%Y%m%d-%H%M%S')}")
@@ -94,15 +112,31 @@ def _enter(
         print(f"note       the earlier run was moved to {aside}", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = choose_checkpoint(directory, recipe, config, place, resume)
+    if checkpoint is not None:
+        _check_data(directory, data_sha256)
     remove_unfinished(directory / CHECKPOINTS)
     (directory / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     (directory / "ds_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (directory / "run.json").write_text(json.dumps(circumstances(recipe, place), indent=2) + "\n", encoding="utf-8")
+    told = circumstances(recipe, place, data_sha256)
+    (directory / CIRCUMSTANCES).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return checkpoint
 
 
+def _check_data(directory: Path, data_sha256: str | None) -> None:
+    """Refuse to go on with other data than was recorded; a run that recorded none is not asked."""
+    try:
+        before = json.loads((directory / CIRCUMSTANCES).read_text(encoding="utf-8")).get("data_sha256")
+    except (OSError, ValueError):
+        return
+    if before is not None and before != data_sha256:
+        raise ValueError(
+            f"the training data has changed since {directory} was started (checksum {before[:12]}, now "
+            f"{str(data_sha256)[:12]}); put it back, set another `output`, or use --resume never"
+        )
+
+
 def choose_checkpoint(
-    directory: Path, recipe: Recipe, config: dict[str, Any], place: Place, resume: Literal["auto", "never"] | Path
+    directory: Path, recipe: RunSettings, config: dict[str, Any], place: Place, resume: Literal["auto", "never"] | Path
 ) -> Path | None:
     """The checkpoint that `resume` means, verified; None if there is none to go on from.
 
@@ -134,33 +168,33 @@ def choose_checkpoint(
     return checkpoint
 
 
-def _difference(directory: Path, recipe: Recipe) -> str:
+def _difference(directory: Path, recipe: RunSettings) -> str:
     """The first recipe key that differs from the one in the run directory."""
     try:
-        before = read_recipe(directory).model_dump(mode="json", serialize_as_any=True)
+        before = read_settings(directory)
     except ValueError:
         return "its recipe.yaml cannot be read"
-    now = recipe.model_dump(mode="json", serialize_as_any=True)
+    now = recipe.model_dump(mode="json", by_alias=True, serialize_as_any=True)
     for section, value in now.items():
-        if section in FREE_TO_CHANGE or before.get(section) == value:
+        was = before.get(section)
+        if section in FREE_TO_CHANGE or was == value:
             continue
-        if isinstance(value, dict):
-            changed = [key for key in value if value[key] != before[section].get(key)]
-            return f"{section}.{changed[0]} was {before[section].get(changed[0])!r}, now {value[changed[0]]!r}"
+        if isinstance(value, dict) and isinstance(was, dict):
+            changed = [key for key in value if value[key] != was.get(key)]
+            return f"{section}.{changed[0]} was {was.get(changed[0])!r}, now {value[changed[0]]!r}"
         return f"{section} has changed"
     return "its fingerprint differs"
 
 
-def circumstances(recipe: Recipe, place: Place) -> dict[str, Any]:
+def circumstances(recipe: RunSettings, place: Place, data_sha256: str | None) -> dict[str, Any]:
     """Versions, command, data and hardware of an attempt; no host or user names."""
-    manifest = recipe.corpus.directory / MANIFEST_NAME
     packages = ("dsdistill", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy")
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "git_commit": _git_commit(),
         "seed": recipe.seed,
-        "data_manifest_sha256": sha256_of(manifest) if manifest.is_file() else None,
+        "data_sha256": data_sha256,
         "processes": place.world_size,
         "device": _device_name(place),
         "cpu_cores": os.cpu_count(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dsdistill.config.recipe import OptimizationSettings
+from dsdistill.config.sections import OptimizationSettings
 
 
 def learning_rate(step: int, settings: OptimizationSettings) -> float:

@@ -166,12 +166,14 @@ class Telemetry:
             f"step {step}/{self.last_step}  loss {scalars['loss/total']:.4f}  {rate:,.0f} tokens/s  {left:.0f} s left"
         )
 
-    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Report the objectives on held-out text."""
-        self._write("held_out", step, {f"held_out/{name}": value for name, value in losses.items()})
+    def evaluation(self, step: int, losses: Mapping[str, float], scores: Mapping[str, float]) -> None:
+        """Report the objectives on held-out rows, and a task's scores."""
+        scalars = {f"held_out/{name}": value for name, value in losses.items()}
+        self._write("held_out", step, scalars | {f"score/{name}": value for name, value in scores.items()})
         if self.bar is not None:
             terms = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name != "total")
-            self.note(f"step {step}/{self.last_step}  held-out objective {losses['total']:.4f} ({terms})")
+            told = "".join(f"  {name} {value:.4f}" for name, value in scores.items())
+            self.note(f"step {step}/{self.last_step}  held-out objective {losses['total']:.4f} ({terms}){told}")
         self.since = time.perf_counter()
 
     def text(self, tag: str, content: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dsdistill.config.deepspeed import fill_auto, read_deepspeed_json
-from dsdistill.config.recipe import OptimizationSettings
+from dsdistill.config.sections import OptimizationSettings
 
 JSONS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 OPTIMIZATION = OptimizationSettings(steps=10, global_batch=24, learning_rate=1e-3, gradient_clipping=0.5)

@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 from dsdistill.config.recipe import check_recipe, read_recipe
 from dsdistill.corpus.store import Corpus
-from dsdistill.models.loading import Source, load_config, load_encoder
+from dsdistill.locate import Source
+from dsdistill.models.loading import load_config, load_encoder
 from dsdistill.plan import describe_plan, make_plan
 from dsdistill.training.checkpoint import STATE, seal, verify
 from dsdistill.training.dist import find_place
@@ -150,7 +151,7 @@ def test_a_run_directory_tells_nothing_of_host_user_or_environment(recipe_file, 
     run = tmp_path / "run"
     assert (run / "model" / "README.md").is_file()
     told = json.loads((run / "run.json").read_text())
-    assert len(told["data_manifest_sha256"]) == 64
+    assert len(told["data_sha256"]) == 64
     for path in [path for path in run.rglob("*") if path.is_file()]:
         content = path.name.encode() + path.read_bytes()
         assert not [value for value in names.values() if value.encode() in content], path

@@ -127,7 +127,7 @@ def test_problems_of_models_text_and_batches_are_told_together(job, capsys, reci
 def test_dry_run_prints_the_plan_and_writes_nothing(job, capsys, recipe_file, tmp_path):
     assert job(*command(recipe_file), "--dry_run") == 0
     text = capsys.readouterr().out
-    assert "4 layers x 32, 4 of them run" in text
+    assert "4 layers of the teacher run" in text
     assert "starting from teacher layers [2, 4]" in text
     assert "trains in float32 instead" in text or torch.cuda.is_available()
     assert not (tmp_path / "run").exists()

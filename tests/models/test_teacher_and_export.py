@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertModel
 
+from dsdistill.locate import Source
 from dsdistill.models.export import export_student, model_card, rebuild, save_skeleton
 from dsdistill.models.families import layer_list
-from dsdistill.models.loading import Source, has_head, load_encoder, load_tokenizer
+from dsdistill.models.loading import head_of, load_encoder, load_tokenizer
 from dsdistill.models.student import build_student, student_config
 from dsdistill.models.teacher import ResidentTeacher
 from tests.models.test_capture import make_batch
@@ -18,9 +19,9 @@ def named(model) -> dict[str, torch.Tensor]:
 
 
 def test_a_model_with_a_head_keeps_it_and_one_without_has_none(teacher_directory, tmp_path):
-    assert has_head(load_encoder(Source(model=str(teacher_directory))))
+    assert head_of(load_encoder(Source(model=str(teacher_directory)))) == "masked LM"
     AutoModel.from_pretrained(teacher_directory).save_pretrained(tmp_path)
-    assert not has_head(load_encoder(Source(model=str(tmp_path))))
+    assert head_of(load_encoder(Source(model=str(tmp_path)))) == "none"
 
 
 def test_missing_weights_are_refused_instead_of_left_random(tmp_path):

@@ -11,13 +11,14 @@ from dsdistill.config.recipe import Recipe, check_recipe
 from dsdistill.core import Batch
 from dsdistill.models.families import shape_of
 from dsdistill.plan import make_plan
-from dsdistill.pretrain import build_models, capture_student, distil, open_corpus
+from dsdistill.pretrain import build_models, distil, open_corpus
 from dsdistill.summary import held_out_at
 from dsdistill.training.dist import find_place, gather_rows
 from dsdistill.training.distiller import Distiller
 from dsdistill.training.engine import backward, full_weights, parameter_groups, start_engine, start_processes
 from dsdistill.training.run_directory import CHECKPOINTS
 from dsdistill.training.schedule import learning_rate
+from dsdistill.training.stage import capture_student
 
 STAGES = (0, 1, 2, 3)
 
@@ -34,8 +35,12 @@ def make_distiller(recipe: Recipe, stage: int, place):
     plan = make_plan(recipe, ds_json(stage), place)
     student, teacher = build_models(plan, place)
     distiller = Distiller(
-        capture_student(student, plan),
-        plan.terms,
+        capture_student(
+            student,
+            plan.stages[0].student_wants,
+            activation_checkpointing=recipe.student.activation_checkpointing,
+        ),
+        plan.stages[0].terms,
         shape=shape_of(plan.student_config),
         teacher=shape_of(plan.teacher_config),
         num_examples=10,
@@ -79,7 +84,7 @@ def check_parity(content: dict) -> None:
         for name, parameter in sharded.named_parameters():
             parameter.requires_grad_(name in reached)
         before = teacher.checksum()
-        engine = start_engine(sharded, recipe.optimization, plan.engine_config, place)
+        engine = start_engine(sharded, recipe.optimization, plan.stages[0].engine_config, place)
         for step in range(4):
             for micro in range(engine.gradient_accumulation_steps()):
                 first = micro * 2 * place.world_size + place.rank * 2

@@ -3,7 +3,8 @@
 import torch
 from transformers import AutoModelForMaskedLM
 
-from dsdistill.config.recipe import OptimizationSettings, term_model
+from dsdistill.config.recipe import term_model
+from dsdistill.config.sections import OptimizationSettings
 from dsdistill.core import Batch
 from dsdistill.models.capture import ATTENTION, Captured
 from dsdistill.models.families import shape_of

@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(tmp_path, recipe, 
     leftover.mkdir()
     (damaged[0] / STUDENT).write_bytes(b"short")
     flip(damaged[1] / "deepspeed" / "state.pt")
-    assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto") == whole
+    assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto", data_sha256="d") == whole
     shown = capsys.readouterr().err
     assert "step-00000009: deepspeed/state.pt has changed" in shown
     assert "step-00000006: student.safetensors is missing or truncated" in shown
@@ -81,7 +81,7 @@ def test_a_run_is_never_started_again_in_silence(tmp_path, recipe):
     for step in (3, 6):
         flip(make_checkpoint(tmp_path, recipe, step) / STUDENT)
     with pytest.raises(ValueError, match=r"(?s)no checkpoint .* is whole.*00000006.*00000003.*--resume never"):
-        run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto")
+        run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto", data_sha256="d")
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
@@ -90,25 +90,33 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tmp_path, recipe):
     asked = make_checkpoint(tmp_path, recipe, 6)
     flip(asked / STUDENT)
     with pytest.raises(ValueError, match=r"student\.safetensors has changed"):
-        run_directory.enter(tmp_path, recipe, CONFIG, PLACE, asked)
+        run_directory.enter(tmp_path, recipe, CONFIG, PLACE, asked, data_sha256="d")
 
 
 def test_resume_finds_the_newest_checkpoint_of_the_same_recipe(tmp_path, recipe, recipe_content):
-    assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto") is None
+    assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto", data_sha256="d") is None
     make_checkpoint(tmp_path, recipe, 3)
     newest = make_checkpoint(tmp_path, recipe, 6)
-    assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto") == newest
+    assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto", data_sha256="d") == newest
     logs_more = check_recipe({**recipe_content, "logging": {"every_steps": 1}}, "test")
-    assert run_directory.enter(tmp_path, logs_more, CONFIG, PLACE, "auto") == newest
+    assert run_directory.enter(tmp_path, logs_more, CONFIG, PLACE, "auto", data_sha256="d") == newest
 
 
 def test_another_recipe_is_refused_and_the_difference_named(tmp_path, recipe, recipe_content):
-    run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto")
+    run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto", data_sha256="d")
     make_checkpoint(tmp_path, recipe, 3)
     recipe_content["optimization"]["learning_rate"] = 0.5
     other = check_recipe(recipe_content, "test")
     with pytest.raises(ValueError, match=r"optimization\.learning_rate was 0\.001, now 0\.5"):
-        run_directory.enter(tmp_path, other, CONFIG, PLACE, "auto")
+        run_directory.enter(tmp_path, other, CONFIG, PLACE, "auto", data_sha256="d")
+
+
+def test_other_data_is_refused(tmp_path, recipe):
+    run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto", data_sha256="before")
+    checkpoint = make_checkpoint(tmp_path, recipe, 3)
+    assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto", data_sha256="before") == checkpoint
+    with pytest.raises(ValueError, match="the training data has changed"):
+        run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto", data_sha256="after")
 
 
 @pytest.mark.parametrize(
@@ -126,9 +134,9 @@ def test_another_layout_is_refused(tmp_path, recipe, place, config, message):
 
 def test_never_moves_the_earlier_run_aside(tmp_path, recipe):
     run = tmp_path / "run"
-    run_directory.enter(run, recipe, CONFIG, PLACE, "auto")
+    run_directory.enter(run, recipe, CONFIG, PLACE, "auto", data_sha256="d")
     make_checkpoint(run, recipe, 3)
-    assert run_directory.enter(run, recipe, CONFIG, PLACE, "never") is None
+    assert run_directory.enter(run, recipe, CONFIG, PLACE, "never", data_sha256="d") is None
     aside = [p for p in tmp_path.iterdir() if p.name.startswith("run.")]
     assert len(aside) == 1
     assert whole_checkpoints(aside[0] / "checkpoints")
@@ -136,7 +144,7 @@ def test_never_moves_the_earlier_run_aside(tmp_path, recipe):
 
 
 def test_a_run_directory_tells_how_it_was_made_but_not_where(tmp_path, recipe):
-    run_directory.enter(tmp_path / "run", recipe, CONFIG, PLACE, "auto")
+    run_directory.enter(tmp_path / "run", recipe, CONFIG, PLACE, "auto", data_sha256="d")
     text = (tmp_path / "run" / "run.json").read_text()
     assert '"torch"' in text
     assert os.uname().nodename not in text

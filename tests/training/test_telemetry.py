@@ -92,7 +92,7 @@ def test_lines_are_plain_without_a_terminal(tmp_path, capsys):
     telemetry = Telemetry(tmp_path, PLACE, first_step=0, last_step=10)
     telemetry.sums.add(losses(1.0, 2.0), 1)
     telemetry.training(5, 640, 5, {"optimization/learning_rate": 0.1})
-    telemetry.evaluation(5, {"total": 3.0, "first": 1.0})
+    telemetry.evaluation(5, {"total": 3.0, "first": 1.0}, {"dev/accuracy": 0.5})
     telemetry.close()
     shown = capsys.readouterr()
     assert "step 5/10  loss 3.0000" in shown.err

@@ -1,0 +1,220 @@
+"""Distillation on a task, from recipe and DeepSpeed JSON to an exported, scored classifier."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from deepspeed import DeepSpeedEngine
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from dsdistill.config.recipe import TaskRecipe
+from dsdistill.core import Batch
+from dsdistill.locate import Source
+from dsdistill.models.export import rebuild, save_skeleton
+from dsdistill.models.families import shape_of
+from dsdistill.models.loading import load_tokenizer
+from dsdistill.models.student import build_student
+from dsdistill.plan import StagePlan, describe_plan, make_task_plan
+from dsdistill.task_summary import finish_run, is_finished, stage_directory, summarize_task
+from dsdistill.task_teacher import (
+    EVALUATION_ROWS,
+    Signals,
+    TaskRun,
+    labels_of,
+    one_job,
+    prepare_signals,
+    teacher_recipe,
+    teachers_of,
+)
+from dsdistill.tasks.metrics import scores
+from dsdistill.tasks.rows import evaluation_batches, in_row_order, train_batches
+from dsdistill.tasks.task import Task, open_task
+from dsdistill.training import run_directory, signals
+from dsdistill.training.checkpoint import STUDENT, checkpoint_name
+from dsdistill.training.dist import find_place, wait_for_all
+from dsdistill.training.engine import processes
+from dsdistill.training.loop import Stage, answers
+from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
+from dsdistill.training.stage import capture_student, run_stage
+from dsdistill.training.watchdog import Watchdog
+
+
+def run(
+    recipe: TaskRecipe,
+    ds_json: dict[str, Any],
+    *,
+    resume: Literal["auto", "never"] | Path = "auto",
+    dry_run: bool = False,
+) -> None:
+    """The whole run on this process; every process of the job calls it. A run that is done is only told again.
+
+    Args:
+        recipe: What to learn.
+        ds_json: From `read_deepspeed_json`.
+        resume: `auto` goes on from the newest whole checkpoint of the same recipe, `never` moves an earlier run
+            aside (not the teacher's).
+        dry_run: Check and describe, write nothing.
+
+    Raises:
+        ValueError: On bad input, with every problem found.
+        FloatingPointError: If a loss term was not finite.
+        StoppedError: If a signal asked the run to stop.
+        LostRankError: If another process hangs or is gone.
+    """
+    if isinstance(resume, Path):
+        raise ValueError(f"--resume {resume}: a task goes on from its own newest checkpoints; use auto or never")
+    place = find_place()
+    tokenizer = load_tokenizer(recipe.teacher.source)
+    task = open_task(recipe.task, recipe.data, tokenizer)
+    plan = make_task_plan(recipe, task.spec, num_training_rows(recipe, task), ds_json, place)
+    tuning = teacher_recipe(recipe)
+    tuning_plan = make_task_plan(tuning, task.spec, task.train.num_rows, ds_json, place) if tuning else None
+    if place.is_first:
+        for one in filter(None, (tuning_plan, plan)):
+            print(describe_plan(one, place), flush=True)
+        for note in task.notes:
+            print(f"note       {note}", flush=True)
+    if dry_run:
+        return
+    with processes(place, recipe.faults.hang_timeout_s):
+        with signals.deferred(), Watchdog(place, recipe.faults.hang_timeout_s) as watchdog:
+            shared = {"task": task, "tokenizer": tokenizer, "place": place, "watchdog": watchdog}
+            source = recipe.teacher.source
+            if tuning_plan is not None:
+                directory = tuning_plan.recipe.output
+                with one_job(directory, place, watchdog):
+                    distil(TaskRun(plan=tuning_plan, source=source, **shared), "auto")
+                source = Source(model=str(directory / EXPORT))
+            distil(TaskRun(plan=plan, source=source, **shared), resume)
+        if place.is_first:
+            print(summarize_task(recipe.output), flush=True)
+
+
+def num_training_rows(recipe: TaskRecipe, task: Task) -> int:
+    """Training rows, those that augmentation will make included."""
+    copies = recipe.data.augment.copies if recipe.data.augment is not None else 0
+    return task.train.num_rows * (1 + copies)
+
+
+def distil(run: TaskRun, resume: Literal["auto", "never"]) -> None:
+    """Train all stages from the start or from where they stopped, export and score; nothing if that is done."""
+    recipe, place = run.recipe, run.place
+    data = run.task.train.fingerprint()
+    if resume == "auto" and is_finished(recipe, data):
+        return
+    run.watchdog.at("run directory and checkpoints")
+    checkpoints = enter(run, data, resume)
+    run.watchdog.at("models")
+    teacher = run.load_teacher()
+    kept = prepare_signals(run, teacher)
+    student = build_student(
+        teacher,
+        run.plan.student_config,
+        run.plan.layers,
+        seed=recipe.seed,
+        resize=recipe.student.resize,
+        init_from=recipe.student.init_from,
+        random_head=recipe.student.head == "random",
+    )
+    del teacher
+    if place.is_first:
+        save_skeleton(student, run.tokenizer, recipe.output / SKELETON)
+    wait_for_all(place)
+    for index, stage in enumerate(run.plan.stages):
+        done = checkpoints[index]
+        if done is None or run_directory.step_of(done) < stage.pace.optimization.steps:
+            train_stage(run, index, student, done, kept)
+            gc.collect()  # an engine holds itself in cycles, with all its memory
+        student = rebuild(recipe.output / SKELETON, weights_after(run, index))
+    run.watchdog.at("export and scores")
+    if place.is_first:
+        finish_run(run, kept, data)
+    wait_for_all(place)
+
+
+def enter(run: TaskRun, data: str, resume: Literal["auto", "never"]) -> list[Path | None]:
+    """Prepare the directories of the run and of its stages; the checkpoint of each stage to go on from."""
+    recipe, place, stages = run.recipe, run.place, run.plan.stages
+    config = stages[0].engine_config
+    if resume == "never":
+        run_directory.enter(recipe.output, recipe, config, place, "never", data_sha256=data)
+    checkpoints = [
+        run_directory.enter(
+            stage_directory(recipe, index), recipe, stage.engine_config, place, "auto", data_sha256=data
+        )
+        for index, stage in enumerate(stages)
+    ]
+    run_directory.enter(recipe.output, recipe, config, place, "auto", data_sha256=data)
+    return checkpoints
+
+
+def weights_after(run: TaskRun, index: int) -> dict[str, torch.Tensor]:
+    """The student's weights after a stage."""
+    name = checkpoint_name(run.plan.stages[index].pace.optimization.steps)
+    return load_file(stage_directory(run.recipe, index) / CHECKPOINTS / name / STUDENT)
+
+
+def train_stage(
+    run: TaskRun, index: int, student: PreTrainedModel, checkpoint: Path | None, kept: Signals | None
+) -> None:
+    """Train one stage to its end."""
+    recipe, task, stage = run.recipe, run.task, run.plan.stages[index]
+    optimization, held_out = stage.pace.optimization, run.held_out[1]
+    teacher, held_out_teacher = teachers_of(run, stage, kept)
+    looking = run.batching(stage, at_least=EVALUATION_ROWS)
+    run_stage(
+        Stage(
+            recipe=recipe,
+            pace=stage.pace,
+            engine_config=stage.engine_config,
+            directory=stage_directory(recipe, index),
+            checkpoint=checkpoint,
+            student=capture_student(
+                student,
+                stage.student_wants,
+                activation_checkpointing=recipe.student.activation_checkpointing,
+            ),
+            student_shape=shape_of(run.plan.student_config),
+            teacher_shape=shape_of(run.plan.teacher_config),
+            terms=stage.terms,
+            problem=task.spec.problem,
+            teacher=teacher,
+            held_out_teacher=held_out_teacher,
+            batches=lambda first_step: train_batches(
+                task.train,
+                **run.batching(stage),
+                seed=stage.pace.seed,
+                global_batch=optimization.global_batch,
+                first_step=first_step,
+                last_step=optimization.steps,
+            ),
+            held_out=lambda: evaluation_batches(held_out, **looking),
+            probe=probe_of(run),
+            num_examples=task.train.num_rows,
+            score=(lambda engine: score(run, stage, engine)) if "logits" in stage.student_wants else None,
+            notes=(f"stage {stage.name}",),
+        ),
+        run.place,
+        run.watchdog,
+    )
+
+
+def probe_of(run: TaskRun) -> Batch:
+    """Two held-out rows."""
+    rows = run.held_out[1]
+    return next(evaluation_batches(rows, micro_batch=min(2, rows.num_rows), rank=0, world_size=1))
+
+
+def score(run: TaskRun, stage: StagePlan, engine: DeepSpeedEngine) -> Mapping[str, float]:
+    """Scores of the student in training on every development split; every process must call this."""
+    looking, told = run.batching(stage, at_least=EVALUATION_ROWS), {}
+    for split, rows in run.task.dev.items():
+        ids, outputs = answers(engine, evaluation_batches(rows, **looking), run.place)
+        found = scores(run.task.spec, labels_of(rows), in_row_order(ids, outputs, num_rows=rows.num_rows))
+        told |= {f"{split}/{metric}": value for metric, value in found.items()}
+    return told

@@ -1,0 +1,247 @@
+"""The teacher of a task: fine-tuned first where it has no head, its signals for all rows kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dsdistill.config.recipe import TaskRecipe, check_task_recipe
+from dsdistill.config.sections import EpochOptimizationSettings
+from dsdistill.core import Signal
+from dsdistill.locate import Source
+from dsdistill.models.capture import Wanted
+from dsdistill.models.loading import has_task_architecture, load_classifier, load_config, task_config
+from dsdistill.models.teacher import ResidentTeacher, weights_checksum
+from dsdistill.objectives import find_objective
+from dsdistill.plan import Plan, StagePlan, teacher_outputs
+from dsdistill.tasks.rows import Rows, evaluation_batches
+from dsdistill.tasks.task import Task
+from dsdistill.training.dist import Place, wait_for_all
+from dsdistill.training.engine import half_precision
+from dsdistill.training.loop import Teacher
+from dsdistill.training.signal_cache import SignalCache
+from dsdistill.training.watchdog import Watchdog
+
+EVALUATION_ROWS = 64
+"""Rows in a batch that needs no gradient, at least."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRun:
+    """What one run on a task needs, made once.
+
+    Attributes:
+        plan: What will be done.
+        task: Its rows.
+        tokenizer: The teacher's and the student's.
+        source: The model that gives signals and first weights: fine-tuned, where the recipe's teacher had no head.
+        place: This process.
+        watchdog: Is told what this rank is doing.
+    """
+
+    plan: Plan[TaskRecipe]
+    task: Task
+    tokenizer: PreTrainedTokenizerFast
+    source: Source
+    place: Place
+    watchdog: Watchdog
+
+    @property
+    def recipe(self) -> TaskRecipe:
+        """What is learned."""
+        return self.plan.recipe
+
+    @property
+    def held_out(self) -> tuple[str, Rows]:
+        """The rows on which objectives are measured: the first of the development splits."""
+        return next(iter(self.task.dev.items()))
+
+    def load_teacher(self) -> PreTrainedModel:
+        """The complete teacher in float32, outputs in the task's order; without a head of its own, a random one."""
+        config = task_config(load_config(self.source), self.task.spec.labels, self.task.spec.problem)
+        columns = teacher_outputs(self.source, self.task.spec)
+        return load_classifier(self.source, config, seed=self.recipe.seed, columns=columns)
+
+    def batching(self, stage: StagePlan, *, at_least: int = 1) -> dict[str, int]:
+        """How rows are spread over the ranks in a stage."""
+        micro_batch = max(stage.engine_config["train_micro_batch_size_per_gpu"], at_least)
+        return {"micro_batch": micro_batch, "rank": self.place.rank, "world_size": self.place.world_size}
+
+
+def labels_of(rows: Rows) -> np.ndarray:
+    """The labels of training or development rows, which have some."""
+    assert rows.labels is not None  # `open_task` refuses such files without
+    return rows.labels
+
+
+def asks_teacher(recipe: TaskRecipe) -> bool:
+    """Whether any objective reads signals of the teacher."""
+    terms = [term for stage in recipe.stages for term in stage.objectives]
+    return any(find_objective(term.objective).needs(term.params)[1] for term in terms)
+
+
+def teacher_recipe(recipe: TaskRecipe) -> TaskRecipe | None:
+    """The recipe by which the teacher is fine-tuned first, or None if that is not needed.
+
+    It is not if no objective asks the teacher, or if the model has a head for tasks. Recipes that agree on teacher,
+    data and `fine_tuning` share the run, which lies under `teacher.directory`.
+
+    Raises:
+        ValueError: If the teacher cannot be read.
+    """
+    config = load_config(recipe.teacher.source)
+    if not asks_teacher(recipe) or has_task_architecture(config):
+        return None
+    tuning, depth = recipe.teacher.fine_tuning, config.num_hidden_layers
+    content: dict[str, Any] = {
+        "name": "teacher",
+        "seed": tuning.seed,
+        "task": recipe.task,
+        "data": recipe.data.model_dump(mode="json", exclude={"augment"}),
+        "teacher": recipe.teacher.model_dump(mode="json", include={"model", "revision", "trust_remote_code"}),
+        "student": {"num_layers": depth, "init": list(range(1, depth + 1))},
+        "stages": [
+            {
+                "name": "fine-tuning",
+                "objectives": [{"objective": "task"}],
+                "optimization": {name: getattr(tuning, name) for name in EpochOptimizationSettings.model_fields},
+            }
+        ],
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    content["output"] = str(recipe.teacher.directory / f"{recipe.task}-{_short_name(recipe.teacher.model)}-{digest}")
+    content |= {"logging": recipe.logging.model_dump(), "faults": recipe.faults.model_dump()}
+    return check_task_recipe(content, "the teacher's recipe")
+
+
+def _short_name(model: str) -> str:
+    """The last part of a model's name or path."""
+    return model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+
+
+@contextlib.contextmanager
+def one_job(directory: Path, place: Place, watchdog: Watchdog) -> Iterator[None]:
+    """Let one job at a time work in a directory that several share; the others wait. Every process must enter."""
+    lock = FileLock(directory.with_name(f"{directory.name}.lock"))
+    watchdog.at(f"waiting for another job that works in {directory}")
+    if place.is_first:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    wait_for_all(place)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Signals(NamedTuple):
+    """Teacher signals on disk.
+
+    Attributes:
+        names: What is there, layers by signal.
+        train: Of the training rows.
+        held_out: Of the rows on which objectives are measured.
+    """
+
+    names: Wanted
+    train: SignalCache
+    held_out: SignalCache
+
+    def cover(self, wanted: Wanted) -> bool:
+        """Whether everything that is wanted is there."""
+        return all(set(layers) <= set(self.names.get(signal, ())) for signal, layers in wanted.items())
+
+
+def cached_names(run: TaskRun) -> dict[Signal, set[int]]:
+    """What the recipe wants on disk; augmented rows need the logits, which become their labels."""
+    choice = run.recipe.teacher.cache
+    names: dict[Signal, set[int]] = {}
+    for stage in run.plan.stages:
+        for signal, layers in stage.teacher_wants.items():
+            if choice == "all" or (choice == "logits" and signal == "logits"):
+                names.setdefault(signal, set()).update(layers)
+    if run.recipe.data.augment is not None:
+        names["logits"] = {-1}
+    return names
+
+
+def prepare_signals(run: TaskRun, complete: PreTrainedModel) -> Signals | None:
+    """Let the teacher answer for all rows once, unless it has done so for an earlier run; every process calls this.
+
+    Args:
+        run: The run.
+        complete: The teacher.
+
+    Returns:
+        The signals, or None if none are wanted on disk.
+
+    Raises:
+        ValueError: If what lies there belongs to another teacher, tokenizer, precision or to other rows.
+    """
+    names = cached_names(run)
+    if not names:
+        return None
+    dtype = half_precision(run.plan.stages[0].engine_config)
+    settings = {"teacher": run.source.model, "data": run.recipe.data.model_dump(mode="json"), "precision": str(dtype)}
+    if run.recipe.data.augment is not None:
+        settings["seed"] = run.recipe.seed
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    directory = (
+        run.recipe.teacher.directory / "signals" / f"{run.recipe.task}-{_short_name(run.recipe.teacher.model)}-{key}"
+    )
+    identity = {
+        "teacher": weights_checksum(complete),
+        "tokenizer": hashlib.sha256(run.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "precision": str(dtype),
+    }
+    caches = []
+    with one_job(directory, run.place, run.watchdog):
+        for split, rows in (("train", run.task.train), run.held_out):
+            cache = SignalCache(directory / split, {**identity, "rows": rows.fingerprint()}, np.diff(rows.offsets))
+            missing = cache.missing(names)
+            wait_for_all(run.place)
+            if missing:
+                fill(run, cache, missing, split, rows, dtype)
+            caches.append(cache)
+    return Signals(names, *caches)
+
+
+def fill(
+    run: TaskRun, cache: SignalCache, missing: Mapping[Signal, set[int]], split: str, rows: Rows, dtype: torch.dtype
+) -> None:
+    """Run the teacher over the rows of a split and write what it says."""
+    teacher = ResidentTeacher(run.load_teacher(), missing, device=run.place.device, dtype=dtype)
+    spread = run.batching(run.plan.stages[0], at_least=EVALUATION_ROWS)
+    total = -(-rows.num_rows // (spread["micro_batch"] * run.place.world_size))
+    batches = tqdm(
+        evaluation_batches(rows, **spread),
+        desc=f"teacher signals, {split}",
+        total=total,
+        unit="batch",
+        delay=2,
+        disable=None if run.place.is_first else True,
+    )
+    cache.fill(teacher, batches, run.place, wait=lambda: wait_for_all(run.place), at=run.watchdog.at)
+
+
+def teachers_of(run: TaskRun, stage: StagePlan, signals: Signals | None) -> tuple[Teacher | None, Teacher | None]:
+    """Who answers in a stage, for training rows and for held-out rows: nobody, the disk, or the teacher itself."""
+    wants = stage.teacher_wants
+    if not wants:
+        return None, None
+    if signals is not None and signals.cover(wants):
+        return signals.train.teacher(wants, run.place), signals.held_out.teacher(wants, run.place)
+    dtype = half_precision(stage.engine_config)
+    teacher = ResidentTeacher(run.load_teacher(), wants, device=run.place.device, dtype=dtype)
+    return teacher, teacher

@@ -1,0 +1,89 @@
+"""One stage of a run: engine, checkpoints and telemetry around the loop, from its start or from where it stopped."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from dsdistill.core import NOTHING
+from dsdistill.models.capture import Captured, Wanted
+from dsdistill.training import run_directory
+from dsdistill.training.checkpoint import SaveError, load_checkpoint, save_checkpoint
+from dsdistill.training.dist import Place, gather_rows
+from dsdistill.training.distiller import Distiller, freeze_unreached
+from dsdistill.training.engine import start_engine
+from dsdistill.training.loop import Attempt, Stage, train
+from dsdistill.training.telemetry import Telemetry
+from dsdistill.training.watchdog import Watchdog
+
+
+def capture_student(student: PreTrainedModel, wanted: Wanted, *, activation_checkpointing: bool) -> Captured:
+    """The student wired for capture, in training mode."""
+    captured = Captured(student, wanted)
+    if activation_checkpointing:
+        student.gradient_checkpointing_enable()
+        captured.exempt_from_checkpointing()
+    return captured.train()
+
+
+def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
+    """Train a stage to its last step, which is saved; every process must call this.
+
+    Raises:
+        StoppedError: If a signal asked the run to stop; what was done is saved.
+        FloatingPointError: If losses or gradients are not finite.
+        SaveError: If a checkpoint that must be written cannot be.
+    """
+    distiller = Distiller(
+        stage.student,
+        stage.terms,
+        shape=stage.student_shape,
+        teacher=stage.teacher_shape,
+        num_examples=stage.num_examples,
+        gather=gather_rows,
+        seed=stage.pace.seed,
+        problem=stage.problem,
+    ).to(place.device)
+    probe = stage.probe.to(place.device)
+    signals = stage.held_out_teacher(probe) if stage.held_out_teacher is not None else NOTHING
+    frozen = freeze_unreached(distiller, probe, signals)
+    watchdog.at("start of the engine")
+    engine = start_engine(distiller, stage.pace.optimization, stage.engine_config, place)
+    first_step, last_step = 0, stage.pace.optimization.steps
+    if stage.checkpoint is not None:
+        load_checkpoint(engine, stage.checkpoint)
+        first_step = run_directory.step_of(stage.checkpoint)
+    telemetry = Telemetry(stage.directory, place, first_step=first_step, last_step=last_step)
+    telemetry.text("recipe", stage.recipe.to_yaml())
+    for note in stage.notes:
+        telemetry.note(note)
+    if frozen:
+        telemetry.note(f"{len(frozen)} parameters that no objective reaches are frozen, such as {frozen[0]}")
+    if stage.checkpoint is not None:
+        telemetry.note(f"resumed at step {first_step} from {stage.checkpoint}")
+
+    def save(step: int) -> bool:
+        state = run_directory.state_of(step, stage.recipe, stage.engine_config, place)
+        directory, settings = stage.directory / run_directory.CHECKPOINTS, stage.pace.checkpoint
+        try:
+            save_checkpoint(engine, stage.student.model, directory, state, keep=settings.keep)
+        except SaveError as error:
+            if settings.on_failure == "stop" or step == last_step:
+                raise
+            telemetry.note(f"WARNING: {error}; training goes on, the checkpoints before are kept")
+            return False
+        return True
+
+    try:
+        train(
+            Attempt(
+                stage=stage,
+                engine=engine,
+                save=save,
+                place=place,
+                telemetry=telemetry,
+                watchdog=watchdog,
+                first_step=first_step,
+            )
+        )
+    finally:
+        telemetry.close()
