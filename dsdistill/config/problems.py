@@ -25,6 +25,8 @@ def describe_problem(error: ErrorDetails, model: type[BaseModel], prefix: str = 
 
 def _names_at(model: Any, location: tuple) -> list[str]:
     for part in location:
+        if isinstance(part, int):  # an item of a list, whose model is known already
+            continue
         field = getattr(model, "model_fields", {}).get(part)
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
         model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

@@ -175,8 +175,6 @@ def _check_kd(
     """Refuse, before anything runs, parameters that would have no effect."""
     if problem != "classification" and divergence not in ("forward", "mse"):
         raise ValueError(f"divergence={divergence!r} is for classes, but the task is {problem}; drop it")
-    if problem == "regression" and temperature != 1:
-        raise ValueError(f"temperature={temperature} has no effect on the numbers of a regression; drop it")
     if beta is not None and divergence != "jsd":
         raise ValueError(f"beta={beta} has no effect on divergence={divergence!r}; drop it or use 'jsd'")
     if divergence == "mse" and temperature != 1:
@@ -206,8 +204,8 @@ def kd(
 ) -> dict[str, Tensor]:
     """Soft targets at `Batch.targets`, or of the rows in a task; `mse` compares the logits themselves.
 
-    `jsd` without beta takes 0.5. The logits of a regression are compared themselves; those of several labels each
-    with its own, as yes and no.
+    `jsd` without beta takes 0.5. The logits of a regression are compared themselves (a temperature cancels out:
+    T^2 (z^T/T - z^S/T)^2); those of several labels each with its own, as yes and no.
     """
     if divergence == "mse" or problem == "regression":
         check_same_shape("logits", student.logits, teacher.logits, instead="both models need the same outputs")

@@ -32,10 +32,15 @@ MORE = {
 """Settings that no shipped recipe has."""
 
 
+def pretraining_recipes() -> dict[str, Path]:
+    """The shipped recipes of task-agnostic distillation by name."""
+    files = [path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent.name not in ("glue", "grids")]
+    return {str(path.relative_to(RECIPES).with_suffix("")): path for path in files}
+
+
 def cases() -> dict[str, tuple[Path, list[str]]]:
     """Recipe file and overrides by name."""
-    shipped = {str(path.relative_to(RECIPES).with_suffix("")): (path, []) for path in sorted(RECIPES.rglob("*.yaml"))}
-    return shipped | MORE
+    return {name: (path, []) for name, path in pretraining_recipes().items()} | MORE
 
 
 def short_overrides(steps: int) -> list[str]:

@@ -8,10 +8,10 @@ import pytest
 from dsdistill.config.recipe import read_recipe
 from dsdistill.plan import make_plan
 from dsdistill.training.dist import find_place
-from tests.launch.recipe_workers import PER_RECIPE, RECIPES, cases, short_overrides
+from tests.launch.recipe_workers import PER_RECIPE, RECIPES, cases, pretraining_recipes, short_overrides
 from tests.workers import run_workers
 
-NAMES = [str(path.relative_to(RECIPES).with_suffix("")) for path in sorted(RECIPES.rglob("*.yaml"))]
+NAMES = list(pretraining_recipes())
 PROMISED = {
     *("distilbert", "pkd", "tinybert", "mobilebert", "minilm", "minilmv2", "codir"),
     *(f"study/{row}" for row in ("vanilla_kd", "hid_cls_contrast", "hid_cls", "hid_seq", "att_mse", "att_mse_hid_seq")),
