@@ -1,0 +1,137 @@
+"""The results file of a grid: one JSON line per cell that is done or has failed, and never two for one cell."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dsdistill.compare.grid import Grid, Run
+from dsdistill.compare.kinds import RESULTS, conflict, is_done
+from dsdistill.compare.workers import Outcome
+from dsdistill.corpus.files import write_text
+
+FILE = "results.jsonl"
+DONE, FAILED = "done", "failed"
+Line = dict[str, Any]
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of a results file; none if there is no file.
+
+    Raises:
+        ValueError: If a line is no JSON object.
+    """
+    if not path.is_file():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}:{number} is no JSON ({error}); delete that line, its cell is read again"
+            ) from None
+        lines.append(line)
+    return lines
+
+
+@contextlib.contextmanager
+def changing(path: Path, grid: Grid) -> Iterator[dict[str, Line]]:
+    """The lines by cell, to be changed within; written whole at the end. Other processes wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        before = read(path)
+        lines = {line["cell"]: line for line in before}
+        yield lines
+        order = {cell.id: number for number, cell in enumerate(grid.cells)}
+        after = sorted(lines.values(), key=lambda line: order.get(line["cell"], len(order)))
+        if after != before:
+            write_text(path, "".join(json.dumps(line) + "\n" for line in after))
+
+
+def collect(path: Path, grid: Grid, cells: Iterable[Run], *, retry_failed: bool = False) -> list[Run]:
+    """Bring the results file in line with the run directories.
+
+    A kill between a run's end and its line loses nothing, and a line whose run was deleted, or belongs to other
+    settings, goes.
+
+    Args:
+        path: The results file.
+        grid: Says the order of the lines.
+        cells: Those that are looked at.
+        retry_failed: Forget failures.
+
+    Returns:
+        The cells that are still to be run.
+
+    Raises:
+        ValueError: If a run directory belongs to another recipe, or the file to another grid.
+    """
+    todo, problems = [], []
+    with changing(path, grid) as lines:
+        strange = [line["cell"] for line in lines.values() if list(line["axes"]) != list(grid.settings.axes)]
+        if strange:
+            raise ValueError(f"{path} has cells of other axes ({strange[0]}); give another `output`")
+        for cell in cells:
+            line = lines.get(cell.id)
+            if line is not None and line["recipe_sha256"] == cell.fingerprint:
+                done = is_done(cell.kind, cell.directory)
+                if done == (line["status"] == DONE) and (done or not retry_failed):
+                    continue
+            difference = conflict(cell.kind, cell.recipe)
+            if difference is not None:
+                problems.append(f"{cell.directory} ({difference})")
+            elif is_done(cell.kind, cell.directory):
+                lines[cell.id] = line_of(cell)
+            else:
+                lines.pop(cell.id, None)
+                todo.append(cell)
+        if problems:
+            raise ValueError(
+                f"{len(problems)} run(s) in {grid.settings.output} have another recipe, first {problems[0]}; "
+                "give another output, or move them away"
+            )
+    return todo
+
+
+def add_missing(path: Path, grid: Grid) -> None:
+    """Add the lines of finished runs that have none, and change nothing else."""
+    with changing(path, grid) as lines:
+        for cell in grid.cells:
+            if cell.id not in lines and is_done(cell.kind, cell.directory) and conflict(cell.kind, cell.recipe) is None:
+                lines[cell.id] = line_of(cell)
+
+
+def record(path: Path, grid: Grid, outcome: Outcome) -> Line:
+    """Write the line of a cell that has just ended."""
+    line = line_of(outcome.run) if outcome.error is None else line_of_failure(outcome)
+    with changing(path, grid) as lines:
+        lines[outcome.run.id] = line
+    return line
+
+
+def line_of(cell: Run) -> Line:
+    """The line of a finished cell: where it stands in the grid, and all of its results.json."""
+    results = json.loads((cell.directory / RESULTS).read_text(encoding="utf-8"))
+    return {**_head(cell), "status": DONE, **results}
+
+
+def line_of_failure(outcome: Outcome) -> Line:
+    """The line of a failed cell."""
+    log = None if outcome.log is None else str(outcome.log)
+    return {**_head(outcome.run), "status": FAILED, "error": outcome.error, "log": log}
+
+
+def _head(cell: Run) -> Line:
+    return {
+        "cell": cell.id,
+        "axes": dict(cell.axes),
+        "recipe_sha256": cell.fingerprint,
+        "directory": str(cell.directory),
+        "teacher_directory": None if cell.teacher is None else str(cell.teacher),
+    }

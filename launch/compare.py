@@ -1,0 +1,109 @@
+"""A grid of runs and its table: `python launch/compare.py --grid launch/recipes/grids/study_task_specific.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dsdistill.training import signals
+
+DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero0.json"
+BAD_INPUT, FAULT = 2, 1
+EPILOG = """\
+A grid file names axes (objectives, initialisations, tasks, seeds, or any recipe key); every combination is a cell. What
+is done is skipped, what failed is told and left (see --retry_failed), and the same command goes on after a kill.
+Written into the grid's output: results.jsonl (a line per cell), table.md, scores.png, score_by_speed.png, logs/.
+
+examples:
+  python launch/compare.py --grid launch/recipes/grids/default_teacher.yaml --dry_run
+  python launch/compare.py --grid GRID --axis task cola mrpc --axis seed 7 8 --set 'stages.*.optimization.epochs=1'
+  sbatch --array=0-95 --export=ALL,GRID=GRID launch/slurm/task_array.sbatch
+
+exit codes:
+  0  done    1  some cells failed (results.jsonl says why)    2  bad input, nothing was started
+  3  stopped by Ctrl-C, SIGTERM or SIGUSR1: running cells saved their last step; a second Ctrl-C stops at once
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Run a grid of recipes and compare them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--grid", required=True, type=Path, help="YAML")
+    parser.add_argument("--ds_config", type=Path, help=f"DeepSpeed JSON; the grid's, or {DS_CONFIG.name}, by default")
+    parser.add_argument("--output", type=Path, help="directory to write to instead of the grid's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a recipe value in all cells"
+    )
+    parser.add_argument(
+        "--axis",
+        action="append",
+        default=[],
+        nargs="+",
+        metavar="AXIS VALUE",
+        help="other values for an axis, or only some of its labels",
+    )
+    parser.add_argument("--jobs", type=int, help="runs at a time; by default one per two cores, one to four per GPU")
+    parser.add_argument("--retry_failed", action="store_true", help="run cells again that failed before")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry_run", "--list", action="store_true", help="check everything, list the cells, run nothing")
+    what.add_argument("--cell", type=int, metavar="I", help="only this cell and what it needs (an array task)")
+    what.add_argument("--prerequisites", action="store_true", help="only what cells need first, such as teachers")
+    what.add_argument("--report", action="store_true", help="only write table and plots from the results file")
+    parser.add_argument("--kinds", default="dsdistill.compare.kinds:KINDS", help=argparse.SUPPRESS)  # for tests
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Parse, check, run."""
+    arguments = parse_arguments()
+    try:
+        return run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAULT
+    except signals.StoppedError as error:
+        print(f"{error}; the same command goes on from there", file=sys.stderr)
+        return signals.STOPPED
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """What the arguments ask for; the exit code."""
+    from dsdistill.compare import results
+    from dsdistill.compare.grid import make_grid, read_settings
+    from dsdistill.compare.kinds import find_object
+    from dsdistill.compare.report import write_report
+    from dsdistill.compare.run import describe, run_cell, run_first, run_grid
+    from dsdistill.compare.workers import find_machine
+    from dsdistill.config.deepspeed import read_deepspeed_json
+
+    settings = read_settings(arguments.grid, output=arguments.output, axes=arguments.axis)
+    grid = make_grid(settings, arguments.set, find_object(arguments.kinds))
+    ds_json = read_deepspeed_json(arguments.ds_config or settings.ds_config or DS_CONFIG)
+    if arguments.dry_run:
+        print(describe(grid))
+        return 0
+    if arguments.report:
+        results.add_missing(settings.output / results.FILE, grid)
+        print("\n".join(map(str, write_report(grid))))
+        return 0
+    machine = find_machine(1 if arguments.cell is not None else arguments.jobs)
+    if arguments.cell is not None:
+        failed = run_cell(grid, arguments.cell, ds_json, machine, retry_failed=arguments.retry_failed)
+    elif arguments.prerequisites:
+        failed = run_first(grid, ds_json, machine)
+    else:
+        failed = run_grid(grid, ds_json, machine, retry_failed=arguments.retry_failed)
+    return FAULT if failed else 0
+
+
+if __name__ == "__main__":
+    signals.install()
+    sys.exit(main())
