@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from dsdistill.models.families import encoder_of, shape_of
 from dsdistill.models.loading import head_of, load_config, load_encoder, load_tokenizer
 from dsdistill.models.student import build_student, restore_dropout
 from dsdistill.objectives.mapping import initial_layers
+from dsdistill.speed import seconds_of_calls
 from dsdistill.training.checkpoint import STUDENT, read_state, verify, whole_checkpoints
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
 from dsdistill.training.telemetry import read_metrics
 
-SPEED_ROWS, SPEED_REPEATS = 8, 5
+SPEED_ROWS = 8
 COSINE_ROWS = 64
 
 
@@ -85,12 +86,8 @@ def size_of(model: PreTrainedModel) -> dict[str, int]:
 def rows_per_second(model: PreTrainedModel, batch: Batch) -> float:
     """Median speed of the encoder on the CPU in float32."""
     encoder = encoder_of(model).cpu().float().eval()
-    seconds = []
-    for _ in range(SPEED_REPEATS + 1):
-        start = time.perf_counter()
-        encoder(input_ids=batch.input_ids, attention_mask=batch.mask)
-        seconds.append(time.perf_counter() - start)
-    return len(batch.input_ids) / statistics.median(seconds[1:])
+    call = partial(encoder, input_ids=batch.input_ids, attention_mask=batch.mask)
+    return len(batch.input_ids) / statistics.median(seconds_of_calls(call, torch.device("cpu"), budget_s=0.0))
 
 
 @torch.no_grad()
