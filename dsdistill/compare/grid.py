@@ -73,8 +73,8 @@ class GridSettings(Strict):
 
     @model_validator(mode="after")
     def _names_known_axes(self) -> GridSettings:
-        for name in self.axes:
-            check_labels(name, list(self.labels(name)))
+        for name, axis in self.axes.items():
+            check_labels(name, axis)
         for combination in self.exclude:
             for name, label in combination.items():
                 self.check_label(name, label, "exclude")
@@ -128,12 +128,13 @@ def _understand_axis(name: str, axis: Any) -> Any:
     raise ValueError(f"{name} must be a list of values, {{key, values}}, or {{label: {{path: value}}}}, got {axis!r}")
 
 
-def check_labels(name: str, labels: list[str]) -> None:
+def check_labels(name: str, axis: ValuesAxis | dict[str, Settings]) -> None:
     """Refuse labels that cannot stand in a file name, or are not told apart.
 
     Raises:
         ValueError: With the label.
     """
+    labels = list(map(label_of, axis.values)) if isinstance(axis, ValuesAxis) else list(axis)
     for label in labels:
         if not _LABEL.fullmatch(label):
             raise ValueError(f"axes.{name}: label {label!r} may hold letters, digits and . , + - _ only")
@@ -249,9 +250,8 @@ def _change_axis(settings: GridSettings, name: str, *texts: str) -> GridSettings
         for label in texts:
             settings.check_label(name, label, where)
         axis = {label: axis[label] for label in texts}
-    changed = settings.model_copy(update={"axes": {**settings.axes, name: axis}})
-    check_labels(name, list(changed.labels(name)))
-    return changed
+    check_labels(name, axis)
+    return settings.model_copy(update={"axes": {**settings.axes, name: axis}})
 
 
 def make_grid(settings: GridSettings, changes: Iterable[str] = (), kinds: tuple[Kind, ...] = KINDS) -> Grid:

@@ -20,7 +20,6 @@ from filelock import FileLock
 
 from dsdistill.compare.kinds import Kind, conflict, find_object, is_done
 from dsdistill.training import signals
-from dsdistill.training.dist import free_port
 
 BEAT_S = 2.0
 """A worker that says nothing for many times this long is stopped or stuck."""
@@ -72,7 +71,7 @@ def work(order: dict[str, Any], tell: Any) -> None:
         difference = conflict(kind, recipe)
         if difference is not None:
             raise ValueError(f"{recipe.output} holds a run of another recipe ({difference}); give another `output`")
-        os.environ["MASTER_PORT"] = free_port()
+        os.environ.pop("MASTER_PORT", None)  # each run finds a free one
         find_object(kind.run)(recipe, order["ds_json"], resume="auto", dry_run=False)
         if not is_done(kind, recipe.output):
             raise RuntimeError(f"the run ended without {kind.last_file} in {recipe.output}")

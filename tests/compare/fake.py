@@ -26,7 +26,7 @@ class FakeRecipe(Strict):
     learning_rate: float = 1e-4
     teacher: Path | None = None
     seconds: float = 0.0
-    trouble: Literal["none", "raise", "die", "die_once", "freeze"] = "none"
+    trouble: Literal["none", "raise", "die", "die_once", "stop_once", "freeze", "no_results"] = "none"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"))
@@ -58,7 +58,7 @@ def run(recipe: FakeRecipe, ds_json: dict[str, Any], *, resume: str, dry_run: bo
     recipe.output.mkdir(parents=True, exist_ok=True)
     (recipe.output / "recipe.yaml").write_text(recipe.to_yaml())
     with (recipe.output / "starts.txt").open("a") as file:
-        print(os.getpid(), os.environ["OMP_NUM_THREADS"], os.environ["MASTER_PORT"], file=file)
+        print(os.getpid(), os.environ["OMP_NUM_THREADS"], file=file)
     print(f"working on {recipe.output.name}")
     time.sleep(recipe.seconds)
     trouble(recipe)
@@ -68,17 +68,26 @@ def run(recipe: FakeRecipe, ds_json: dict[str, Any], *, resume: str, dry_run: bo
     (recipe.output / "model" / "config.json").write_text(
         json.dumps(config | {"intermediate_size": 8, "vocab_size": 99})
     )
-    (recipe.output / "results.json").write_text(json.dumps(results_of(recipe)))
+    if recipe.trouble != "no_results":
+        (recipe.output / "results.json").write_text(json.dumps(results_of(recipe)))
 
 
 def trouble(recipe: FakeRecipe) -> None:
     if recipe.trouble == "raise":
         raise ValueError("the data\nis gone")
-    starts = len((recipe.output / "starts.txt").read_text().splitlines())
-    if recipe.trouble == "die" or (recipe.trouble == "die_once" and starts == 1):
+    first = len(starts_of(recipe.output)) == 1
+    if recipe.trouble == "die" or (recipe.trouble == "die_once" and first):
         os.kill(os.getpid(), signal.SIGKILL)
+    if recipe.trouble == "stop_once" and first:
+        os.kill(os.getpid(), signal.SIGSTOP)
     if recipe.trouble == "freeze":
         time.sleep(1000)
+
+
+def starts_of(directory: Path) -> list[int]:
+    """The process of each attempt at a run."""
+    file = directory / "starts.txt"
+    return [int(line.split()[0]) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def results_of(recipe: FakeRecipe) -> dict[str, Any]:
