@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils.hub import cached_file
 
 from dsdistill.corpus.files import write_text
+from dsdistill.locate import Source
 from dsdistill.models.families import drop_pooler, max_length
-from dsdistill.models.loading import Source
 from dsdistill.speed import Timing, measure
 
 MODEL, CARD, SPEED = "model", "README.md", "speed.json"

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,10 +101,12 @@ def teacher_recipe(recipe: TaskRecipe) -> TaskRecipe | None:
     Raises:
         ValueError: If the teacher cannot be read.
     """
-    config = load_config(recipe.teacher.source)
-    if not asks_teacher(recipe) or has_task_architecture(config):
+    if not asks_teacher(recipe):
         return None
-    tuning, depth = recipe.teacher.fine_tuning, config.num_hidden_layers
+    has_head, depth = _head_and_depth(recipe.teacher.source)
+    if has_head:
+        return None
+    tuning = recipe.teacher.fine_tuning
     content: dict[str, Any] = {
         "name": "teacher",
         "seed": tuning.seed,
@@ -123,6 +126,13 @@ def teacher_recipe(recipe: TaskRecipe) -> TaskRecipe | None:
     content["output"] = str(recipe.teacher.directory / f"{recipe.task}-{_short_name(recipe.teacher.model)}-{digest}")
     content |= {"logging": recipe.logging.model_dump(), "faults": recipe.faults.model_dump()}
     return check_task_recipe(content, "the teacher's recipe")
+
+
+@cache
+def _head_and_depth(source: Source) -> tuple[bool, int]:
+    """Whether a model has a head for tasks, and its layers; kept, since a grid asks for every cell."""
+    config = load_config(source)
+    return has_task_architecture(config), config.num_hidden_layers
 
 
 def _short_name(model: str) -> str:

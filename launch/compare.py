@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from dsdistill.command import BAD_INPUT, FAULT
 from dsdistill.training import signals
 
 DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero0.json"
-BAD_INPUT, FAULT = 2, 1
 EPILOG = """\
 A grid file names axes (objectives, initialisations, tasks, seeds, or any recipe key); every combination is a cell. What
 is done is skipped, what failed is told and left (see --retry_failed), and the same command goes on after a kill.
@@ -77,14 +77,14 @@ def main() -> int:
 def run(arguments: argparse.Namespace) -> int:
     """What the arguments ask for; the exit code."""
     from dsdistill.compare import results
-    from dsdistill.compare.grid import make_grid, read_settings
+    from dsdistill.compare.grid import make_grid, read_grid
     from dsdistill.compare.kinds import find_object
     from dsdistill.compare.report import write_report
     from dsdistill.compare.run import describe, run_cell, run_first, run_grid
     from dsdistill.compare.workers import find_machine
     from dsdistill.config.deepspeed import read_deepspeed_json
 
-    settings = read_settings(arguments.grid, output=arguments.output, axes=arguments.axis)
+    settings = read_grid(arguments.grid, output=arguments.output, axes=arguments.axis)
     grid = make_grid(settings, arguments.set, find_object(arguments.kinds))
     ds_json = read_deepspeed_json(arguments.ds_config or settings.ds_config or DS_CONFIG)
     if arguments.dry_run:

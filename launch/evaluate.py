@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-BAD_INPUT, FAULT = 2, 1
+from dsdistill.command import BAD_INPUT, FAULT, quiet_libraries
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,12 +29,10 @@ def main() -> int:
     """Parse, measure, print."""
     arguments = parse_arguments()
     import torch
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from dsdistill.evaluate import evaluate
 
-    disable_progress_bar()
-    set_verbosity_error()
+    quiet_libraries()
     try:
         if min(*arguments.lengths, *arguments.batches, arguments.threads or 1) < 1:
             raise ValueError("lengths, batches and threads must be at least 1")

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dsdistill.compare.kinds import KINDS, RESULTS, Kind, find_object, fingerprint, kind_of
-from dsdistill.config.recipe import describe_problem, nearest
+from dsdistill.compare.kinds import KINDS, RESULTS, Kind, find_object, kind_of
+from dsdistill.config.problems import describe_problem, nearest, read_mapping
 from dsdistill.config.strict import Strict
+from dsdistill.training.run_directory import fingerprint
 
 TASK, SEED = "task", "seed"
 """The two axes that the table knows: its columns, and what it averages over."""
@@ -195,7 +196,7 @@ class Grid:
         return (*self.first, *self.cells)
 
 
-def read_settings(path: Path, *, output: Path | None = None, axes: Iterable[Sequence[str]] = ()) -> GridSettings:
+def read_grid(path: Path, *, output: Path | None = None, axes: Iterable[Sequence[str]] = ()) -> GridSettings:
     """Read a grid file.
 
     Args:
@@ -207,7 +208,7 @@ def read_settings(path: Path, *, output: Path | None = None, axes: Iterable[Sequ
     Raises:
         ValueError: With every problem found.
     """
-    content = read_yaml(path, "grid")
+    content = read_mapping(path, "grid")
     if output is not None:
         content["output"] = str(output)
     try:
@@ -218,23 +219,6 @@ def read_settings(path: Path, *, output: Path | None = None, axes: Iterable[Sequ
     for change in axes:
         settings = _change_axis(settings, *change)
     return settings
-
-
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """A YAML mapping.
-
-    Raises:
-        ValueError: If it cannot be read or is none.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what} {path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{what} {path} holds no settings; it must be a YAML mapping")
-    return content
 
 
 def _change_axis(settings: GridSettings, name: str, *texts: str) -> GridSettings:
@@ -265,7 +249,7 @@ def make_grid(settings: GridSettings, changes: Iterable[str] = (), kinds: tuple[
     Raises:
         ValueError: With every problem of every cell, equal ones once.
     """
-    base = read_yaml(settings.base, "base") if settings.base is not None else {}
+    base = read_mapping(settings.base, "base") if settings.base is not None else {}
     parsed = dict(map(_parse_change, changes))
     problems: dict[str, list[str]] = {}
     first: dict[Path, Run] = {}
@@ -353,7 +337,7 @@ def _make_cell(
 
 def _make_first(before: Before, words: Mapping[str, str], kinds: tuple[Kind, ...]) -> Run:
     path = Path(fill(before.base, words))
-    content = read_yaml(path, "before.base")
+    content = read_mapping(path, "before.base")
     apply(content, before.set)
     kind = kind_of(content, kinds, str(path))
     return _first_run(find_object(kind.check)(fill(content, words), str(path)), kind)

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 RESULTS = "results.json"
-RECIPE = "recipe.yaml"
-FREE_TO_CHANGE = ("name", "source", "output", "logging", "checkpoint", "faults")
-"""Recipe keys that change neither what is learned nor how it is scored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,35 +70,6 @@ def plain(recipe: Any) -> dict[str, Any]:
     return recipe.model_dump(mode="json", by_alias=True, serialize_as_any=True)
 
 
-def fingerprint(recipe: Any) -> str:
-    """SHA-256 of all that decides what is learned and how it is scored."""
-    content = {key: value for key, value in plain(recipe).items() if key not in FREE_TO_CHANGE}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def is_done(kind: Kind, directory: Path) -> bool:
     """Whether a run directory holds a finished run."""
     return (directory / kind.last_file).is_file()
-
-
-def conflict(kind: Kind, recipe: Any) -> str | None:
-    """How the run that is in the recipe's directory differs from the recipe; None if it does not, or there is none.
-
-    Raises:
-        ValueError: If the directory holds a recipe that cannot be read.
-    """
-    file = recipe.output / RECIPE
-    if not file.is_file():
-        return None
-    before = find_object(kind.check)(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
-    if fingerprint(before) == fingerprint(recipe):
-        return None
-    return _first_difference(plain(before), plain(recipe))
-
-
-def _first_difference(before: Any, now: Any, path: str = "") -> str | None:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [key for key in {**before, **now} if path or key not in FREE_TO_CHANGE]
-        found = (_first_difference(before.get(key), now.get(key), f"{path}.{key}".strip(".")) for key in keys)
-        return next((difference for difference in found if difference), None)
-    return None if before == now else f"{path} was {before!r}, now {now!r}"

@@ -11,9 +11,11 @@ from typing import Any
 from filelock import FileLock
 
 from dsdistill.compare.grid import Grid, Run
-from dsdistill.compare.kinds import RESULTS, conflict, is_done
+from dsdistill.compare.kinds import RESULTS, find_object, is_done
 from dsdistill.compare.workers import Outcome
+from dsdistill.config.problems import read_mapping
 from dsdistill.corpus.files import write_text
+from dsdistill.training.run_directory import RECIPE, difference, fingerprint
 
 FILE = "results.jsonl"
 DONE, FAILED = "done", "failed"
@@ -83,9 +85,9 @@ def collect(path: Path, grid: Grid, cells: Iterable[Run], *, retry_failed: bool 
                 done = is_done(cell.kind, cell.directory)
                 if done == (line["status"] == DONE) and (done or not retry_failed):
                     continue
-            difference = conflict(cell.kind, cell.recipe)
-            if difference is not None:
-                problems.append(f"{cell.directory} ({difference})")
+            changed = conflict(cell)
+            if changed is not None:
+                problems.append(f"{cell.directory} ({changed})")
             elif is_done(cell.kind, cell.directory):
                 lines[cell.id] = line_of(cell)
             else:
@@ -103,8 +105,21 @@ def add_missing(path: Path, grid: Grid) -> None:
     """Add the lines of finished runs that have none, and change nothing else."""
     with changing(path, grid) as lines:
         for cell in grid.cells:
-            if cell.id not in lines and is_done(cell.kind, cell.directory) and conflict(cell.kind, cell.recipe) is None:
+            if cell.id not in lines and is_done(cell.kind, cell.directory) and conflict(cell) is None:
                 lines[cell.id] = line_of(cell)
+
+
+def conflict(run: Run) -> str | None:
+    """How the recipe in a run's directory differs from the run's; None if it does not, or there is none.
+
+    Raises:
+        ValueError: If the directory holds a recipe that cannot be read.
+    """
+    file = run.directory / RECIPE
+    if not file.is_file():
+        return None
+    before = find_object(run.kind.check)(read_mapping(file, "recipe"), str(file))
+    return None if fingerprint(before) == run.fingerprint else difference(run.directory, run.recipe)
 
 
 def record(path: Path, grid: Grid, outcome: Outcome) -> Line:

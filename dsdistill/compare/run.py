@@ -12,7 +12,7 @@ from typing import Any
 from dsdistill.compare import results
 from dsdistill.compare.grid import Grid, Run
 from dsdistill.compare.keep import keep_shape, shape_config, tidy
-from dsdistill.compare.kinds import conflict, is_done
+from dsdistill.compare.kinds import is_done
 from dsdistill.compare.report import read_speeds, write_report, write_speeds
 from dsdistill.compare.scores import primary, shape_name, shapes_of
 from dsdistill.compare.workers import Machine, Outcome, Workers
@@ -81,9 +81,9 @@ def first_of(grid: Grid, cells: Iterable[Run]) -> list[Run]:
     needed = {need for cell in cells for need in cell.needs}
     runs = [run for run in grid.first if run.directory in needed]
     for run in runs:
-        difference = conflict(run.kind, run.recipe)
-        if difference is not None:
-            raise ValueError(f"{run.directory} has another recipe ({difference}); name another directory")
+        changed = results.conflict(run)
+        if changed is not None:
+            raise ValueError(f"{run.directory} has another recipe ({changed}); name another directory")
     return [run for run in runs if not is_done(run.kind, run.directory)]
 
 
@@ -146,9 +146,11 @@ def _speed_of(source: str) -> list[Any]:
     import torch
     from transformers import AutoConfig, AutoModel
 
+    from dsdistill.command import quiet_libraries
     from dsdistill.locate import resolve_model
     from dsdistill.speed import measure
 
+    quiet_libraries()
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     model = AutoModel.from_config(AutoConfig.from_pretrained(resolve_model(source)))
     return measure(model, torch.device("cuda" if cuda else "cpu"), lengths=(SPEED_LENGTH,), batches=SPEED_BATCHES)

@@ -1,14 +1,32 @@
-"""What is wrong with settings, told to people: path, fault, what is allowed; and `--set` applied to plain settings."""
+"""Plain settings: read, changed by `--set`, and what is wrong with them told: path, fault, what is allowed."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """Plain settings from a YAML file.
+
+    Raises:
+        ValueError: If there is no such file or it is no YAML mapping; names it as `what`.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} {path} holds no settings; it must be a YAML mapping")
+    return content
 
 
 def describe_problem(error: ErrorDetails, model: type[BaseModel], prefix: str = "") -> str:

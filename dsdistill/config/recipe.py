@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar, Union
 import yaml
 from pydantic import Field, ValidationError, create_model, model_validator
 
-from dsdistill.config.problems import apply_override, describe_problem
+from dsdistill.config.problems import apply_override, describe_problem, read_mapping
 from dsdistill.config.sections import (
     CheckpointSettings,
     CorpusSection,
@@ -172,15 +172,7 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, 
         ValueError: If there is no such file or it is no YAML mapping, or an override leads nowhere.
     """
     path = Path(path)
-    path = path / "recipe.yaml" if path.is_dir() else path
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe {path} holds no settings; it must be a YAML mapping")
+    content = read_mapping(path / "recipe.yaml" if path.is_dir() else path, "recipe")
     for override in overrides:
         apply_override(content, override)
     return content

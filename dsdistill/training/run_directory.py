@@ -153,7 +153,7 @@ def choose_checkpoint(
     saved, now = read_state(checkpoint), state_of(0, recipe, config, place)
     if saved["recipe"] != now["recipe"]:
         raise ValueError(
-            f"{checkpoint} belongs to another recipe ({_difference(directory, recipe)}); set another `output`, or "
+            f"{checkpoint} belongs to another recipe ({difference(directory, recipe)}); set another `output`, or "
             "use --resume never, which moves the earlier run aside"
         )
     for key, what in (
@@ -168,7 +168,7 @@ def choose_checkpoint(
     return checkpoint
 
 
-def _difference(directory: Path, recipe: RunSettings) -> str:
+def difference(directory: Path, recipe: RunSettings) -> str:
     """The first recipe key that differs from the one in the run directory."""
     try:
         before = read_settings(directory)

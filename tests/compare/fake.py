@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from dsdistill.compare.kinds import Kind
-from dsdistill.config.recipe import describe_problem
+from dsdistill.config.problems import describe_problem
 from dsdistill.config.strict import Strict
 
 

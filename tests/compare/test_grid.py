@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsdistill.compare.grid import apply, make_grid, read_settings
+from dsdistill.compare.grid import apply, make_grid, read_grid
 from tests.compare.fake import KINDS
 
 
@@ -31,7 +31,7 @@ def grid_of(tmp_path):
     def make(content: dict, *changes: str, **more):
         path = tmp_path / "grid.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False))
-        return make_grid(read_settings(path, **more), changes, KINDS)
+        return make_grid(read_grid(path, **more), changes, KINDS)
 
     return make
 
@@ -166,10 +166,10 @@ def test_missing_and_unreadable_files_are_told(content, grid_of, tmp_path):
         grid_of({**content, "base": str(tmp_path / "nothing.yaml")})
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(ValueError, match="it must be a YAML mapping"):
-        read_settings(tmp_path / "list.yaml")
+        read_grid(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="is no YAML"):
-        read_settings(tmp_path / "broken.yaml")
+        read_grid(tmp_path / "broken.yaml")
 
 
 def test_cells_without_scores_are_refused(content, grid_of):
