@@ -114,7 +114,7 @@ def read_examples(split: Split, *, skip_broken: bool = False) -> Examples:
     if split.label is not None:
         examples.labels, examples.label_names = _named(split, labels)
         if split.is_test:
-            examples.labels = _all_or_none(split.label, examples)
+            examples.labels = _all_or_none(split, examples)
     if broken.count:
         done = "without text kept" if split.is_test else "left out"
         examples.notes = (f"{split.name}: {broken.count} broken rows {done}; the first: {broken.first}",)
@@ -194,26 +194,26 @@ def _hub_rows(split: Split) -> Cells:
 
 def _named(split: Split, labels: list[Any]) -> tuple[list[Any], tuple[str, ...] | None]:
     """Labels by name where a hub data set knows the names of its numbers, and these names; -1 is a missing label."""
-    if split.dataset is None:
-        return labels, None
-    feature = split.dataset.features.get(split.label)
+    feature = None if split.dataset is None else split.dataset.features.get(split.label)
     names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
-    numbers: dict[Any, Any] = {-1: None, **dict(enumerate(names or ()))}
+    if names is None:
+        return labels, None
+    by_number: dict[int, str | None] = {-1: None, **dict(enumerate(names))}
 
     def name(label: Any) -> Any:
         if isinstance(label, list):
             return [name(part) for part in label]
-        return numbers.get(label, label) if isinstance(label, int) else label
+        return by_number.get(label, label)
 
-    return [name(label) for label in labels], None if names is None else tuple(names)
+    return [name(label) for label in labels], tuple(names)
 
 
-def _all_or_none(column: str, examples: Examples) -> list[Any] | None:
+def _all_or_none(split: Split, examples: Examples) -> list[Any] | None:
     """Labels of a test split, None if no row has one."""
     labels = examples.labels or []
     missing = [label is None or label == "" for label in labels]
-    if all(missing):
+    if all(missing) or (split.dataset is not None and all(label == -1 for label in labels)):
         return None
     if any(missing):
-        raise ValueError(f"{examples.place(missing.index(True))}: no {column!r}, but other rows have one")
+        raise ValueError(f"{examples.place(missing.index(True))}: no {split.label!r}, but other rows have one")
     return labels

@@ -96,25 +96,26 @@ class Rows:
             is_augmented=self.is_augmented[:count],
         )
 
-    def extended(self, more: Rows) -> Rows:
+    def extended(self, *more: Rows) -> Rows:
         """These rows and then others of the same task.
 
         Raises:
-            ValueError: If one has token types or labels and the other has not, or lengths or padding differ.
+            ValueError: If some have token types or labels and others have not, or lengths or padding differ.
         """
-        mine, theirs = (
-            (rows.token_types is None, rows.labels is None, rows.max_length, rows.pad_id) for rows in (self, more)
-        )
-        if mine != theirs:
-            raise ValueError(f"rows of different kinds cannot be joined: {mine} and {theirs}")
+        rows = (self, *more)
+        kinds = {(r.token_types is None, r.labels is None, r.max_length, r.pad_id) for r in rows}
+        if len(kinds) > 1:
+            raise ValueError(f"rows of different kinds cannot be joined: {sorted(kinds)}")
+        starts = np.cumsum([r.offsets[-1] for r in rows]) - [r.offsets[-1] for r in rows]
+        ends = [r.offsets[1:] + start for r, start in zip(rows, starts, strict=True)]
         return replace(
             self,
-            ids=np.concatenate([self.ids, more.ids]),
-            offsets=np.concatenate([self.offsets, more.offsets[1:] + self.offsets[-1]]),
-            token_types=_joined(self.token_types, more.token_types),
-            labels=_joined(self.labels, more.labels),
-            is_augmented=np.concatenate([self.is_augmented, more.is_augmented]),
-            num_cut=self.num_cut + more.num_cut,
+            ids=np.concatenate([r.ids for r in rows]),
+            offsets=np.concatenate([self.offsets[:1], *ends]),
+            token_types=_joined([r.token_types for r in rows]),
+            labels=_joined([r.labels for r in rows]),
+            is_augmented=np.concatenate([r.is_augmented for r in rows]),
+            num_cut=sum(r.num_cut for r in rows),
         )
 
     def with_labels(self, numbers: NDArray[np.integer], labels: NDArray[Any]) -> Rows:
@@ -147,8 +148,9 @@ class Rows:
         return digest.hexdigest()
 
 
-def _joined(mine: NDArray[Any] | None, theirs: NDArray[Any] | None) -> NDArray[Any] | None:
-    return None if mine is None or theirs is None else np.concatenate([mine, theirs])
+def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if present else None
 
 
 def tokenize_rows(
