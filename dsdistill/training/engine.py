@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -58,22 +59,23 @@ def stop_processes() -> None:
 def processes(place: Place, timeout_s: float) -> Iterator[None]:
     """Join the other processes and leave in order, also after a stop on request, when all are at the same step.
 
-    After other errors nobody leaves in order, for nobody may wait for anybody. Where the processes have been joined
-    before, nothing is done.
+    After other errors nobody leaves in order, for nobody may wait for anybody. A process alone leaves when it ends: it
+    may have more runs to do, and DeepSpeed cannot join twice.
 
     Raises:
         LostRankError: If they do not all come.
     """
-    joined = dist.is_initialized()
-    if not joined:
+    if not dist.is_initialized():
         start_processes(place, timeout_s)
+        if place.world_size == 1:
+            atexit.register(stop_processes)
     try:
         yield
     except StoppedError:
-        if not joined:
+        if place.world_size > 1:
             stop_processes()
         raise
-    if not joined:
+    if place.world_size > 1:
         stop_processes()
 
 
