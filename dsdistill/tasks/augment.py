@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _CHUNK_ROWS = 1024
 _TOKENS_AT_ONCE = 4096
-_PICK_DOMAIN, _DRAW_DOMAIN = 0x7069636B, 0x64726177  # keep these hashes apart from each other and from the order's
+_AUGMENT_DOMAIN = 0x6175676D656E74  # keeps these hashes apart from those of the order and the masks
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +259,12 @@ def _replaced(
 def _choices(
     words: Sequence[Word], key: tuple[int, int, int], settings: AugmentSettings
 ) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
-    """Whether each copy replaces each word, and a number that says by which candidate; both (copies, words)."""
+    """Whether each copy replaces each word, and a number that says by which candidate; both (copies, words).
+
+    One hash serves both: its high bits decide, its low bits (the remainder by a small count) choose.
+    """
     seed, first, part = key
     rows = np.array([first + word.text for word in words], np.int64)
     numbers = np.array([word.number for word in words], np.int64)
-    copies = np.arange(settings.copies)[:, None]
-    state = (seed, rows, copies, part, numbers)
-    chances = (hash64(_PICK_DOMAIN, *state) >> np.uint64(11)) * 2.0**-53
-    return chances < settings.probability, hash64(_DRAW_DOMAIN, *state)
+    draws = hash64(_AUGMENT_DOMAIN, seed, rows, np.arange(settings.copies)[:, None], part, numbers)
+    return (draws >> np.uint64(11)) * 2.0**-53 < settings.probability, draws

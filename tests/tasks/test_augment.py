@@ -25,7 +25,10 @@ def model(tokenizer):
         intermediate_size=16,
         max_position_embeddings=64,
     )
-    return BertForMaskedLM(config).eval()
+    model = BertForMaskedLM(config).eval()
+    for parameter in model.parameters():  # random weights as small as BERT's would not tell words apart
+        parameter.data.add_(torch.randn_like(parameter) * 0.5)
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -86,8 +86,8 @@ def test_the_baseline_knows_train_only():
     found = majority_baseline(spec_of("classification", 3, ("accuracy", "matthews")), train, dev)
     assert found == {"accuracy": 0.5, "matthews": 0}
     train = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
-    found = majority_baseline(spec_of("multi_label", 2), train, np.array([[1, 0], [1, 1]], np.float32))
-    assert found["subset_accuracy"] == 0.5
+    dev = np.array([[1, 0], [1, 1], [0, 1], [0, 1]], np.float32)
+    assert majority_baseline(spec_of("multi_label", 2), train, dev)["subset_accuracy"] == 0.25
     numbers = majority_baseline(spec_of("regression", 0), np.array([1.0, 2.0]), np.array([1.0, 3.0]))
     assert numbers == {"spearman": 0, "pearson": 0}
 

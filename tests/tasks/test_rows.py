@@ -93,6 +93,16 @@ def test_batches_are_padded_to_a_multiple_of_eight_within_max_length(rows, token
                 assert batch.mask[i].tolist() == [True] * len(row) + [False] * (expected - len(row))
 
 
+def test_token_types_of_padding_are_zero(texts, tokenizer):
+    first, second = texts[:10], texts[5:15]
+    batch = tokenize_rows(first, second, None, tokenizer, max_length=40).batch(np.arange(10))
+    wanted = tokenizer(first, second, max_length=40, padding="longest", truncation="longest_first")
+    assert batch.token_type_ids is not None
+    width = len(wanted["token_type_ids"][0])
+    assert batch.token_type_ids[:, :width].tolist() == wanted["token_type_ids"]
+    assert not batch.token_type_ids[:, width:].any()
+
+
 def test_a_batch_does_not_share_memory_with_the_rows(rows):
     before = rows.fingerprint()
     batch = rows.batch(np.arange(5))
@@ -177,7 +187,7 @@ def changed(rows: Rows) -> dict[str, Rows]:
         "ids": replace(rows, ids=ids),
         "offsets": replace(rows, offsets=offsets),
         "labels": replace(rows, labels=labels),
-        "labels of another kind": replace(rows, labels=rows.labels.astype(np.float32)),
+        "labels of another kind": replace(rows, labels=rows.labels.view(np.float64)),
         "no labels": replace(rows, labels=None),
         "is_augmented": replace(rows, is_augmented=augmented),
         "token_types": replace(rows, token_types=types),

@@ -215,6 +215,14 @@ def test_own_pairs_in_several_files(tmp_path, tokenizer):
     assert task.pairs == ["the story good", "the story bad", "the story great"] * 2
 
 
+def test_the_right_one_of_several_files_is_named(tmp_path, tokenizer):
+    rows = own(tmp_path)
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", rows) for i in range(3)]
+    write_jsonl(paths[1], [*rows[:4], {"text": "film", "label": "c"}])
+    with pytest.raises(ValueError, match=r"1\.jsonl: line 5: label 'c'"):
+        open_task("own", DataSettings(train=paths[0], dev=paths), tokenizer)
+
+
 def test_own_test_files_with_and_without_labels(tmp_path, tokenizer):
     rows = own(tmp_path)
     path = write_jsonl(tmp_path / "train.jsonl", rows)
