@@ -24,7 +24,7 @@ from dsdistill.corpus.tokenizing import plain_backend
 from dsdistill.tasks.rows import Rows, no_labels_yet, tokenize_rows
 from dsdistill.tasks.settings import AugmentSettings
 from dsdistill.tasks.task import Task
-from dsdistill.tasks.vectors import WordVectors, is_word, whole_words
+from dsdistill.tasks.vectors import WordVectors, whole_words
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -134,7 +134,7 @@ class WordFinder:
         self._unknown_id = tokenizer.unk_token_id
 
     def __call__(self, texts: Sequence[str]) -> tuple[list[Encoding], list[Word]]:
-        """Tokens and words of some texts; what is cut off at `max_length` has no words."""
+        """Tokens and words of some texts, without punctuation around; what is cut off at `max_length` has no words."""
         encodings = self.backend.encode_batch(list(texts))
         return encodings, [
             word
@@ -151,12 +151,14 @@ class WordFinder:
             tokens.popitem()  # its last pieces may be cut off
         offsets, ids = encoding.offsets, encoding.ids
         for word, places in tokens.items():
-            start, end = offsets[places[0]][0], offsets[places[-1]][1]
+            inner = [place for place in places if any(map(str.isalnum, text[slice(*offsets[place])]))]
+            if not inner:
+                continue  # punctuation
+            start, end = offsets[inner[0]][0], offsets[inner[-1]][1]
             piece = text[start:end]
             start += len(piece) - len(piece.lstrip())
-            if is_word(piece.strip()):
-                single = len(places) == 1 and ids[places[0]] != self._unknown_id
-                yield Word(number, word, start, start + len(piece.strip()), places[0] if single else None)
+            single = len(inner) == 1 and ids[inner[0]] != self._unknown_id
+            yield Word(number, word, start, start + len(piece.strip()), inner[0] if single else None)
 
 
 def augment_rows(

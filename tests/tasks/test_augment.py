@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from dsdistill.tasks.augment import MaskedLM, WordFinder, augment_rows
 from dsdistill.tasks.rows import Rows
@@ -158,6 +159,40 @@ def test_labels_wait_for_the_teacher(tmp_path, tokenizer, vectors, name, waiting
     assert filled.labels is not None
     assert filled.labels[12:].tolist() == [1] * 12
     assert filled.labels[:12].tolist() == task.train.labels.tolist()
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """As RoBERTa's: a word in running text begins with a space."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<pad>", "<mask>"], initial_alphabet=alphabet)
+    backend.train_from_iterator([" " + " ".join(WORDS)] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", mask_token="<mask>")
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """As XLM-R's: punctuation belongs to the word before it."""
+    pieces = [("<pad>", 0.0), ("<mask>", 0.0), ("<unk>", 0.0), *((f"\u2581{word}", -2.0) for word in WORDS)]
+    pieces += [(character, -9.0) for character in ("\u2581", ",", "!", *"defilmngotsory")]
+    backend = Tokenizer(models.Unigram(pieces, 2))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", mask_token="<mask>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, metaspace_tokenizer])
+def test_words_of_other_kinds_of_tokenizers(make):
+    text = "the film story, never goodend!"
+    encodings, words = WordFinder(make(), max_length=64)([text])
+    assert [text[w.start : w.end] for w in words] == ["the", "film", "story", "never", "goodend"]
+    single = [w for w in words if w.token is not None and w.number]
+    assert [text[w.start : w.end] for w in single] == ["film", "story", "never"]
+    assert [encodings[0].tokens[w.token].strip("\u0120\u2581") for w in single] == ["film", "story", "never"]
+    vectors = model_vectors(torch.randn(len(make()), 8), make())
+    assert set(WORDS) <= set(vectors.words)
+    assert not any(" " in word for word in vectors.words)
 
 
 def test_words_that_are_cut_off_are_left_alone(tokenizer):
