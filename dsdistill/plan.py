@@ -20,6 +20,7 @@ from dsdistill.models.families import max_length, shape_of
 from dsdistill.models.loading import has_masked_lm_architecture, has_task_architecture, load_config, task_config
 from dsdistill.models.student import check_start, student_config
 from dsdistill.objectives.mapping import initial_layers
+from dsdistill.objectives.registry import find_objective
 from dsdistill.tasks.spec import TaskSpec, output_columns
 from dsdistill.training.dist import Place
 from dsdistill.training.distiller import BoundTerm, bind_terms, wanted_signals
@@ -116,6 +117,8 @@ def make_task_plan(
     longest, length = max_length(models.teacher), recipe.data.max_length
     if longest is not None and length > longest:
         problems.found.append(f"data.max_length={length}, but {source.model} takes {longest} tokens; use fewer")
+    if recipe.data.augment is not None and not asks_teacher(recipe):
+        problems.found.append("data.augment: the labels of new rows come from the teacher, but no objective asks one")
     stages = []
     for index, settings in enumerate(recipe.stages):
         stage = plan_stage(
@@ -133,6 +136,12 @@ def make_task_plan(
             problems.found.append(f"stage {stage.name}: mlm needs masked text, which a task has not; drop it")
         stages.append(stage)
     return finish_plan(recipe, models, stages, problems)
+
+
+def asks_teacher(recipe: TaskRecipe) -> bool:
+    """Whether any objective reads signals of the teacher."""
+    terms = [term for stage in recipe.stages for term in stage.objectives]
+    return any(find_objective(term.objective).needs(term.params)[1] for term in terms)
 
 
 def teacher_outputs(source: Source, spec: TaskSpec) -> tuple[int, ...] | None:

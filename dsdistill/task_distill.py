@@ -25,6 +25,8 @@ from dsdistill.task_teacher import (
     EVALUATION_ROWS,
     Signals,
     TaskRun,
+    augment,
+    label_by_teacher,
     labels_of,
     one_job,
     prepare_signals,
@@ -111,7 +113,9 @@ def distil(run: TaskRun, resume: Literal["auto", "never"]) -> None:
     checkpoints = enter(run, data, resume)
     run.watchdog.at("models")
     teacher = run.load_teacher()
+    run = augment(run, teacher)
     kept = prepare_signals(run, teacher)
+    run = label_by_teacher(run, kept)
     student = build_student(
         teacher,
         run.plan.student_config,

@@ -115,11 +115,11 @@ def finish_run(run: TaskRun, signals: Signals | None, data_sha256: str) -> None:
 def load_export(recipe: TaskRecipe) -> PreTrainedModel:
     """The exported student, wired for capture."""
     skeleton = recipe.output / SKELETON
-    return rebuild(skeleton, load_file(newest_student(recipe)))
+    return rebuild(skeleton, load_file(newest_student(recipe) / STUDENT))
 
 
 def newest_student(recipe: TaskRecipe) -> Path:
-    """The student's weights after the last stage.
+    """The newest checkpoint of the last stage.
 
     Raises:
         ValueError: If the last stage has no whole checkpoint.
@@ -128,23 +128,24 @@ def newest_student(recipe: TaskRecipe) -> Path:
     found = whole_checkpoints(directory)
     if not found:
         raise ValueError(f"{directory} has no finished checkpoint to export")
-    verify(found[-1])
-    return found[-1] / STUDENT
+    return found[-1]
 
 
-def export_task_run(directory: Path, output: Path | None = None) -> Path:
+def export_task_run(directory: Path, checkpoint: Path | None = None, output: Path | None = None) -> Path:
     """Export the student of a run on a task.
 
     Args:
         directory: Run directory.
+        checkpoint: Of any of its stages; the newest of the last stage unless given.
         output: Where to; `model` in the run directory unless given.
 
     Raises:
-        ValueError: If the last stage has no whole checkpoint.
+        ValueError: If there is no whole checkpoint.
     """
     recipe = read_task_recipe(directory)
-    weights = newest_student(recipe.model_copy(update={"output": directory}))
-    student = rebuild(directory / SKELETON, load_file(weights))
+    checkpoint = checkpoint or newest_student(recipe.model_copy(update={"output": directory}))
+    verify(checkpoint)
+    student = rebuild(directory / SKELETON, load_file(checkpoint / STUDENT))
     restore_dropout(encoder_of(student).config, load_config(recipe.teacher.source))
     output = output or directory / EXPORT
     tokenizer = load_tokenizer(Source(model=str(directory / SKELETON)))

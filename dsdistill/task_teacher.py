@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,22 @@ from dsdistill.config.sections import EpochOptimizationSettings
 from dsdistill.core import Signal
 from dsdistill.locate import Source
 from dsdistill.models.capture import Wanted
-from dsdistill.models.loading import has_task_architecture, load_classifier, load_config, task_config
+from dsdistill.models.loading import (
+    has_task_architecture,
+    load_classifier,
+    load_config,
+    load_masked_lm,
+    load_tokenizer,
+    task_config,
+    word_embeddings,
+)
 from dsdistill.models.teacher import ResidentTeacher, weights_checksum
-from dsdistill.objectives import find_objective
-from dsdistill.plan import Plan, StagePlan, teacher_outputs
+from dsdistill.plan import Plan, StagePlan, asks_teacher, teacher_outputs
+from dsdistill.tasks.augment import MaskedLM, augment_rows
+from dsdistill.tasks.metrics import predict
 from dsdistill.tasks.rows import Rows, evaluation_batches
 from dsdistill.tasks.task import Task
+from dsdistill.tasks.vectors import model_vectors, read_vectors
 from dsdistill.training.dist import Place, wait_for_all
 from dsdistill.training.engine import half_precision
 from dsdistill.training.loop import Teacher
@@ -84,12 +94,6 @@ def labels_of(rows: Rows) -> np.ndarray:
     """The labels of training or development rows, which have some."""
     assert rows.labels is not None  # `open_task` refuses such files without
     return rows.labels
-
-
-def asks_teacher(recipe: TaskRecipe) -> bool:
-    """Whether any objective reads signals of the teacher."""
-    terms = [term for stage in recipe.stages for term in stage.objectives]
-    return any(find_objective(term.objective).needs(term.params)[1] for term in terms)
 
 
 def teacher_recipe(recipe: TaskRecipe) -> TaskRecipe | None:
@@ -171,6 +175,40 @@ class Signals(NamedTuple):
     def cover(self, wanted: Wanted) -> bool:
         """Whether everything that is wanted is there."""
         return all(set(layers) <= set(self.names.get(signal, ())) for signal, layers in wanted.items())
+
+
+def augment(run: TaskRun, complete: PreTrainedModel) -> TaskRun:
+    """The run with the training rows that the recipe wants made, which wait for labels; or as it was.
+
+    Raises:
+        ValueError: If the masked language model or the word vectors cannot be used.
+    """
+    settings, place = run.recipe.data.augment, run.place
+    if settings is None:
+        return run
+    run.watchdog.at("augmentation")
+    if settings.embeddings is not None:
+        vectors = read_vectors(settings.embeddings)
+    else:
+        vectors = model_vectors(word_embeddings(complete), run.tokenizer)
+    masked_lm = None
+    if settings.masked_lm is not None:
+        source, length = Source(model=settings.masked_lm), run.recipe.data.max_length
+        model = load_masked_lm(source, device=place.device)
+        masked_lm = MaskedLM(model, load_tokenizer(source), max_length=length)
+    more = augment_rows(run.task, run.tokenizer, settings, seed=run.recipe.seed, vectors=vectors, masked_lm=masked_lm)
+    return replace(run, task=replace(run.task, train=run.task.train.extended(more)))
+
+
+def label_by_teacher(run: TaskRun, signals: Signals | None) -> TaskRun:
+    """The run with the teacher's answers as labels of the rows that augmentation made."""
+    rows = run.task.train
+    numbers = np.flatnonzero(rows.is_augmented)
+    if signals is None or not numbers.size:
+        return run
+    outputs = signals.train.array("logits")[torch.from_numpy(numbers)].float().numpy()
+    labels = predict(run.task.spec, outputs).astype(labels_of(rows).dtype)
+    return replace(run, task=replace(run.task, train=rows.with_labels(numbers, labels)))
 
 
 def cached_names(run: TaskRun) -> dict[Signal, set[int]]:

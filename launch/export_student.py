@@ -20,10 +20,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="where to write; `model` in the run directory if not given")
     arguments = parser.parse_args()
     disable_progress_bar()
+    from dsdistill.config.recipe import read_settings
     from dsdistill.summary import export_run
+    from dsdistill.task_summary import export_task_run
 
     try:
-        print(export_run(arguments.run, arguments.checkpoint, arguments.output))
+        export = export_task_run if "task" in read_settings(arguments.run) else export_run
+        print(export(arguments.run, arguments.checkpoint, arguments.output))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -107,6 +107,26 @@ def _load_with_head_or_without(source: Source, config: PreTrainedConfig, argumen
     return model.eval()
 
 
+def word_embeddings(model: PreTrainedModel) -> torch.Tensor:
+    """The vectors of the vocabulary, (V, E)."""
+    table = model.get_input_embeddings()
+    assert isinstance(table, torch.nn.Embedding)
+    return table.weight
+
+
+def load_masked_lm(source: Source, *, device: torch.device) -> PreTrainedModel:
+    """A masked language model in float32 and eval mode.
+
+    Raises:
+        ValueError: If it cannot be read or has no masked-LM head.
+    """
+    model = load_encoder(source)
+    if head_of(model) != "masked LM":
+        raise ValueError(f"model {source.model!r} has no masked-LM head; use one that was saved with it")
+    torch.nn.Module.to(model, device)
+    return model
+
+
 @contextlib.contextmanager
 def _tensors_only(source: Source) -> Iterator[None]:
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsdistill.tasks.settings import Problem
+from dsdistill.core import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

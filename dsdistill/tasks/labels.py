@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsdistill.core import Problem
 from dsdistill.corpus.tables import checked_text
 from dsdistill.tasks.examples import Examples
-from dsdistill.tasks.settings import Problem
 from dsdistill.tasks.spec import TaskSpec
 
 SEPARATOR = "|"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from dsdistill.config.strict import Strict
-
-Problem = Literal["classification", "regression", "multi_label"]
+from dsdistill.core import Problem
 
 HUB_GLUE = "glue"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsdistill.tasks.settings import Problem
+from dsdistill.core import Problem
 
 METRICS: dict[Problem, tuple[str, ...]] = {
     "classification": ("accuracy", "matthews", "f1", "f1_macro"),

@@ -238,6 +238,14 @@ class SignalCache:
         """
         return CachedTeacher(self.starts, [self._open(name) for name in _names(wanted)], place)
 
+    def array(self, name: str) -> Tensor:
+        """All of one signal, (places, width) on the CPU, read as it is used.
+
+        Raises:
+            ValueError: If its file is damaged.
+        """
+        return self._open(name)[1]
+
     def _open(self, name: str) -> tuple[Array, Tensor]:
         path = self.directory / f"{name}.bin"
         told = json.loads((self.directory / f"{name}.json").read_text(encoding="utf-8"))

@@ -109,6 +109,10 @@ def run_recipes(content: dict, output: str) -> None:
                 f"output={output}/{{task}}/{{name}}",
             ]
             run(read_task_recipe(path, [*shared, *short, *where]), ds_json(0))
+    more = {"copies": 2, "probability": 0.5, "candidates": 3, "masked_lm": content["teacher"]["model"]}
+    augmented = at(content, "augmented", data={**content["data"], "augment": more, "train_rows": 40})
+    del augmented["own"]
+    run(check_task_recipe(augmented, "test"), ds_json(0))
     for name, data in content["own"].items():
         changed = {**at(content, name), "task": name, "data": data}
         del changed["own"]

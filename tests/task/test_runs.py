@@ -82,11 +82,19 @@ def test_every_shipped_recipe_and_kind_of_task_runs(task_content, tmp_path):
         lines = ["text,label", *(f"{text},{label}" for text, label in sentences(40, seed))]
         (own / f"{split}.csv").write_text("\n".join(lines) + "\n")
     task_content["own"] = {
-        "several": {"train": f"{own}/train.jsonl", "dev": f"{own}/dev.jsonl", "problem": "multi_label"},
-        "yes-no": {"train": f"{own}/train.csv", "dev": f"{own}/dev.csv"},
+        "several": {
+            "train": f"{own}/train.jsonl",
+            "dev": f"{own}/dev.jsonl",
+            "problem": "multi_label",
+            "max_length": 32,
+        },
+        "yes-no": {"train": f"{own}/train.csv", "dev": f"{own}/dev.csv", "max_length": 32},
     }
     run_workers(f"{WORKERS}:run_recipes", 1, content=task_content, output=str(tmp_path / "shipped"))
     assert json.loads((tmp_path / "run-several" / "results.json").read_text())["primary"] == "f1_micro"
+    augmented = json.loads((tmp_path / "run-augmented" / "results.json").read_text())
+    assert augmented["training"]["rows"] == 2 * round(40 * 3 / 16) * 16
+    assert augmented["teacher_signals"]["rows"] == 120
     found = {
         path.parent.parent.name + "/" + path.parent.name for path in (tmp_path / "shipped").glob("*/*/results.json")
     }
@@ -118,6 +126,10 @@ def test_the_command_refuses_signals_of_another_teacher_and_tells_what_is_done(t
     assert again.returncode == 0, again.stderr[-3000:]
     assert again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
     assert "step" not in again.stderr
+    exporter = [sys.executable, str(ROOT / "launch" / "export_student.py"), str(tmp_path / "run")]
+    subprocess.run([*exporter, "--output", str(tmp_path / "again")], cwd=ROOT, check=True, timeout=120)
+    exports = [load_file(path / "model.safetensors") for path in (tmp_path / "again", tmp_path / "run" / "model")]
+    assert all(torch.equal(value, exports[1][name]) for name, value in exports[0].items())
     (weights,) = (tmp_path / "teachers").glob("cola-*/model/model.safetensors")
     changed = load_file(weights)
     name = next(name for name, value in changed.items() if value.ndim == 2)
@@ -142,6 +154,10 @@ def test_the_command_refuses_signals_of_another_teacher_and_tells_what_is_done(t
         (["task=stsb", "stages.1.objectives.0.divergence=reverse"], "is for classes"),
         (["stages.1.objectives.1.objective=mlm"], "mlm needs masked text"),
         (["student.init=upper", "student.num_layers=9"], "at least as deep"),
+        (
+            [*(f"stages.{i}.objectives=[{{objective: task}}]" for i in (0, 1)), "data.augment={copies: 2}"],
+            "no objective asks one",
+        ),
     ],
 )
 def test_bad_input_ends_with_code_2_and_a_sentence(task_content, tmp_path, monkeypatch, capsys, changes, message):
