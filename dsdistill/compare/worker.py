@@ -68,7 +68,6 @@ def work(order: dict[str, Any], tell: Any) -> None:
         tell(event="started")
         if is_done(kind, recipe.output):
             return
-        os.environ.pop("MASTER_PORT", None)  # each run finds a free one
         find_object(kind.run)(recipe, order["ds_json"], resume="auto", dry_run=False)
         if not is_done(kind, recipe.output):
             raise RuntimeError(f"the run ended without {kind.last_file} in {recipe.output}")

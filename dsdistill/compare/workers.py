@@ -73,7 +73,8 @@ class Machine:
         }
         if self.gpus:
             own["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        return os.environ | own
+        # the port of a job that we are part of is taken; each process finds a free one
+        return {name: value for name, value in os.environ.items() if name != "MASTER_PORT"} | own
 
 
 def find_machine(jobs: int | None) -> Machine:

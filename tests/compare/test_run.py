@@ -170,9 +170,11 @@ def check_refusals(grid_of, file: Path) -> None:
 
 
 def test_devices_are_given_to_workers_in_turn(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")
     machine = Machine(jobs=4, gpus=("2", "5"), threads=1)
     assert [machine.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["2", "5", "2", "5"]
     assert machine.environment(0)["WORLD_SIZE"] == "1"
+    assert "MASTER_PORT" not in machine.environment(0)
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
