@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dsdistill.compare.grid import make_grid, read_grid
     from dsdistill.compare.kinds import find_object
     from dsdistill.compare.report import write_report
-    from dsdistill.compare.run import describe, run_cell, run_first, run_grid
+    from dsdistill.compare.run import describe, measure_speeds, run_cell, run_first, run_grid
     from dsdistill.compare.workers import find_machine
     from dsdistill.config.deepspeed import read_deepspeed_json
 
@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.report:
         results.add_missing(settings.output / results.FILE, grid)
+        measure_speeds(grid)
         print("\n".join(map(str, write_report(grid))))
         return 0
     machine = find_machine(1 if arguments.cell is not None else arguments.jobs)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -39,6 +40,7 @@ class Before(Strict):
 
     base: str = Field(description="recipe file; {axis} stands for the cell's label on that axis, {grid} for its output")
     set: Settings = Field(default={}, description="recipe values by path, same placeholders")
+    only: dict[str, list[str]] = Field(default={}, description="labels by axis of the cells that need it; {} for all")
 
 
 class GridSettings(Strict):
@@ -46,6 +48,9 @@ class GridSettings(Strict):
 
     name: str = Field(pattern=r"^[\w.-]+$", description="short name, used in titles")
     source: str = Field(description="what the grid repeats, what is the same and what differs")
+    extends: Path | None = Field(
+        default=None, description="grid file beside this one whose keys hold unless this one has them"
+    )
     output: Path = Field(description="directory of everything the grid writes")
     ds_config: Path | None = Field(default=None, description="DeepSpeed JSON; --ds_config goes first")
     base: Path | None = Field(default=None, description="recipe file that all cells start from")
@@ -54,6 +59,7 @@ class GridSettings(Strict):
         min_length=1,
         description="axis: list of values of the key of that name; or {key, values}; or {label: {path: value}}",
     )
+    only: dict[str, list[str]] = Field(default={}, description="labels by axis that are kept; {} for all")
     exclude: list[dict[str, str]] = Field(default=[], description="combinations of labels that are left out")
     before: list[Before] = Field(default=[], description="runs that cells need, such as a task-agnostic student")
     keep: Literal["results", "models", "all"] = Field(
@@ -62,6 +68,9 @@ class GridSettings(Strict):
     )
     best_over: list[str] = Field(
         default=[], description="axes of which the table shows the best value per task, as chosen on the dev set"
+    )
+    teacher_row: dict[str, str] | None = Field(
+        default=None, description="labels of the row that stands for the teacher, where cells have none of their own"
     )
     cell_timeout_s: float | None = Field(default=None, gt=0, description="a cell that takes longer has failed")
 
@@ -79,6 +88,12 @@ class GridSettings(Strict):
         for combination in self.exclude:
             for name, label in combination.items():
                 self.check_label(name, label, "exclude")
+        for before in self.before:
+            for name, labels in before.only.items():
+                for label in labels:
+                    self.check_label(name, label, "before.only")
+        for name, label in (self.teacher_row or {}).items():
+            self.check_label(name, label, "teacher_row")
         for name in self.best_over:
             self.check_axis(name, "best_over")
             if name in (TASK, SEED):
@@ -209,6 +224,8 @@ def read_grid(path: Path, *, output: Path | None = None, axes: Iterable[Sequence
         ValueError: With every problem found.
     """
     content = read_mapping(path, "grid")
+    if isinstance(content.get("extends"), str):
+        content = read_mapping(path.parent / content["extends"], "grid") | content
     if output is not None:
         content["output"] = str(output)
     try:
@@ -216,14 +233,15 @@ def read_grid(path: Path, *, output: Path | None = None, axes: Iterable[Sequence
     except ValidationError as error:
         problems = [describe_problem(e, GridSettings) for e in error.errors()]
         raise ValueError(f"{path} has {len(problems)} problem(s):\n" + "\n".join(f"  {p}" for p in problems)) from None
+    for name, labels in settings.only.items():
+        settings = _change_axis(settings, name, *labels, where="only")
     for change in axes:
-        settings = _change_axis(settings, *change)
+        settings = _change_axis(settings, *change, where=f"--axis {' '.join(change)}")
     return settings
 
 
-def _change_axis(settings: GridSettings, name: str, *texts: str) -> GridSettings:
-    """Other values for one axis."""
-    where = f"--axis {' '.join((name, *texts))}"
+def _change_axis(settings: GridSettings, name: str, *texts: str, where: str) -> GridSettings:
+    """Other values for one axis, or some of its labels."""
     settings.check_axis(name, where)
     if not texts:
         raise ValueError(f"{where}: give at least one value")
@@ -250,13 +268,14 @@ def make_grid(settings: GridSettings, changes: Iterable[str] = (), kinds: tuple[
         ValueError: With every problem of every cell, equal ones once.
     """
     base = read_mapping(settings.base, "base") if settings.base is not None else {}
-    parsed = dict(map(_parse_change, changes))
+    read = cache(partial(read_mapping, what="before.base"))
+    maker = _Maker(settings, base, dict(map(_parse_change, changes)), kinds, read)
     problems: dict[str, list[str]] = {}
     first: dict[Path, Run] = {}
     cells = []
     for labels in combinations(settings):
         try:
-            cell, needed = _make_cell(settings, base, parsed, labels, kinds)
+            cell, needed = maker.cell(labels)
             for run in needed:
                 known = first.setdefault(run.directory, run)
                 if known.fingerprint != run.fingerprint:
@@ -305,42 +324,60 @@ def cell_id(labels: Mapping[str, str]) -> str:
     return "__".join(labels.values())
 
 
-def _make_cell(
-    settings: GridSettings, base: dict[str, Any], changes: Settings, labels: dict[str, str], kinds: tuple[Kind, ...]
-) -> tuple[Run, list[Run]]:
-    """A cell and the runs it needs."""
-    name = cell_id(labels)
-    words = {**labels, "grid": str(settings.output)}
-    content = copy.deepcopy(base)
-    for chosen in (settings.set, *(settings.labels(axis)[label] for axis, label in labels.items()), changes):
-        apply(content, chosen)
-    content["name"] = settings.name
-    content["output"] = str(settings.output / "cells" / name)
-    kind = kind_of(content, kinds, "base and set")
-    if kind.last_file != RESULTS:
-        raise ValueError("cells must be task recipes, which have scores; other recipes go into `before`")
-    recipe = find_object(kind.check)(fill(content, words), name)
-    needed = [_make_first(before, words, kinds) for before in settings.before]
-    teacher = find_object(kind.teacher)(recipe) if kind.teacher else None
-    if teacher is not None:
-        needed.append(_first_run(teacher, kind))
-    return Run(
-        id=name,
-        kind=kind,
-        recipe=recipe,
-        fingerprint=fingerprint(recipe),
-        axes=labels,
-        needs=tuple(run.directory for run in needed),
-        teacher=teacher.output if teacher is not None else None,
-    ), needed
+class _Maker(NamedTuple):
+    """What the runs of all cells are made of.
 
+    Attributes:
+        settings: The grid file.
+        base: Plain settings that cells start from.
+        changes: Those of the command line.
+        kinds: What recipes there are.
+        read: Reads the recipe file of a run that cells need, once.
+    """
 
-def _make_first(before: Before, words: Mapping[str, str], kinds: tuple[Kind, ...]) -> Run:
-    path = Path(fill(before.base, words))
-    content = read_mapping(path, "before.base")
-    apply(content, before.set)
-    kind = kind_of(content, kinds, str(path))
-    return _first_run(find_object(kind.check)(fill(content, words), str(path)), kind)
+    settings: GridSettings
+    base: dict[str, Any]
+    changes: Settings
+    kinds: tuple[Kind, ...]
+    read: Callable[[Path], dict[str, Any]]
+
+    def cell(self, labels: dict[str, str]) -> tuple[Run, list[Run]]:
+        """A cell and the runs it needs."""
+        name, settings = cell_id(labels), self.settings
+        words = {**labels, "grid": str(settings.output)}
+        content = copy.deepcopy(self.base)
+        chosen = [settings.labels(axis)[label] for axis, label in labels.items()]
+        for some in (settings.set, *chosen, self.changes):
+            apply(content, some)
+        content["name"] = settings.name
+        content["output"] = str(settings.output / "cells" / name)
+        kind = kind_of(content, self.kinds, "base and set")
+        if kind.last_file != RESULTS:
+            raise ValueError("cells must be task recipes, which have scores; other recipes go into `before`")
+        recipe = find_object(kind.check)(fill(content, words), name)
+        wanted = [b for b in settings.before if all(labels[axis] in some for axis, some in b.only.items())]
+        needed = [self.first(before, words) for before in wanted]
+        teacher = find_object(kind.teacher)(recipe) if kind.teacher else None
+        if teacher is not None:
+            needed.append(_first_run(teacher, kind))
+        run = Run(
+            id=name,
+            kind=kind,
+            recipe=recipe,
+            fingerprint=fingerprint(recipe),
+            axes=labels,
+            needs=tuple(run.directory for run in needed),
+            teacher=teacher.output if teacher is not None else None,
+        )
+        return run, needed
+
+    def first(self, before: Before, words: Mapping[str, str]) -> Run:
+        """A run that a cell needs."""
+        path = Path(fill(before.base, words))
+        content = copy.deepcopy(self.read(path))
+        apply(content, before.set)
+        kind = kind_of(content, self.kinds, str(path))
+        return _first_run(find_object(kind.check)(fill(content, words), str(path)), kind)
 
 
 def _first_run(recipe: Any, kind: Kind) -> Run:

@@ -14,16 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from dsdistill.compare.results import Line
-from dsdistill.compare.scores import (
-    Row,
-    baseline_of,
-    mean_and_deviation,
-    shape_name,
-    task_of,
-    teacher_of_row,
-    teachers_of,
-)
+from dsdistill.compare.scores import Row, Summary, mean_and_deviation, shape_name
 from dsdistill.speed import Timing
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -35,12 +26,13 @@ AVERAGE = "average"
 GREY = "#666666"
 
 
-def plot_scores(path: Path, title: str, rows: Sequence[Row], lines: Sequence[Line], tasks: Sequence[str]) -> None:
+def plot_scores(path: Path, title: str, summary: Summary) -> None:
     """A panel per task and one for the average: a line per value of the first axis, a colour per rest of the labels.
 
     Points are means over seeds, bars sample standard deviations; the dashed line is the teacher, the dotted one the
     majority baseline.
     """
+    rows, tasks = summary.rows, summary.tasks
     axis, *others = rows[0].labels
     values = list(dict.fromkeys(row.labels[axis] for row in rows))
     groups = list(dict.fromkeys(_rest(row, others) for row in rows))
@@ -60,8 +52,8 @@ def plot_scores(path: Path, title: str, rows: Sequence[Row], lines: Sequence[Lin
             group = groups.index(_rest(row, others))
             offset = (group - (len(groups) - 1) / 2) * 0.7 / len(groups)
             _point(place, numbers, values.index(row.labels[axis]) + offset, group)
-        _references(place, lines, tasks if panel == AVERAGE else [panel])
-        metric = "" if panel == AVERAGE else f" ({_metric(lines, panel)} x 100)"
+        _references(place, summary, tasks if panel == AVERAGE else [panel])
+        metric = "" if panel == AVERAGE else f" ({summary.metric(panel)} x 100)"
         place.set_title(panel + metric, fontsize=10, fontweight="bold" if panel == AVERAGE else "normal")
         place.grid(axis="x", color="#dddddd", linewidth=0.6)
         place.set_axisbelow(True)
@@ -86,13 +78,12 @@ def _point(place: Any, numbers: Sequence[float], height: float, group: int) -> N
     place.errorbar(mean, height, xerr=bar, markersize=5, elinewidth=1.4, capsize=2.5, linestyle="none", **style)
 
 
-def _references(place: Any, lines: Sequence[Line], tasks: Sequence[str]) -> None:
+def _references(place: Any, summary: Summary, tasks: Sequence[str]) -> None:
     """Vertical lines: teacher dashed, majority baseline dotted."""
-    baselines = [baseline_of(lines, task) for task in tasks]
-    place.axvline(sum(baselines) / len(tasks), color=GREY, linestyle=":", linewidth=1.2)
-    teachers = [mean_and_deviation(list(teachers_of(lines, task).values()))[0] for task in tasks]
-    if not any(map(math.isnan, teachers)):
-        place.axvline(sum(teachers) / len(tasks), color=GREY, linestyle="--", linewidth=1.2)
+    teachers = [mean_and_deviation(summary.teachers(task))[0] for task in tasks]
+    for scores, style in ((teachers, "--"), ([summary.baseline(task) for task in tasks], ":")):
+        if not any(map(math.isnan, scores)):
+            place.axvline(sum(scores) / len(scores), color=GREY, linestyle=style, linewidth=1.2)
 
 
 def _legend(figure: Any, groups: Sequence[str], title: str) -> None:
@@ -110,30 +101,20 @@ def _legend(figure: Any, groups: Sequence[str], title: str) -> None:
     )
 
 
-def _metric(lines: Sequence[Line], task: str) -> str:
-    return next(line["primary"] for line in lines if "primary" in line and task_of(line) == task)
-
-
-def plot_speed(
-    path: Path,
-    title: str,
-    rows: Sequence[Row],
-    lines: Sequence[Line],
-    tasks: Sequence[str],
-    speeds: Mapping[str, Sequence[Timing]],
-) -> bool:
+def plot_speed(path: Path, title: str, summary: Summary, speeds: Mapping[str, Sequence[Timing]]) -> bool:
     """Average score against rows per second, a marker per value of the first axis, a colour per rest of the labels.
 
     Returns:
         Whether there was anything to plot: a speed and an average.
     """
+    rows = summary.rows
     axis, *others = rows[0].labels
     values = list(dict.fromkeys(row.labels[axis] for row in rows))
     groups = list(dict.fromkeys(_rest(row, others) for row in rows))
     points = []
     for row in rows:
         timing = fastest(speeds.get(shape_name("student", row.lines[0]["student"]), ()))
-        mean, deviation = mean_and_deviation(row.averages(tasks))
+        mean, deviation = mean_and_deviation(row.averages(summary.tasks))
         if timing is not None and not math.isnan(mean):
             points.append((row, timing, mean, 0.0 if math.isnan(deviation) else deviation))
     if not points:
@@ -148,7 +129,7 @@ def plot_speed(
         place.errorbar(
             timing.rows_per_s * aside, mean, yerr=deviation, linestyle="none", capsize=2, markersize=6, **style
         )
-    _teacher_point(place, rows[0], lines, tasks, speeds)
+    _teacher_point(place, summary, speeds)
     timing = points[0][1]
     place.set_xlim(left=0)
     place.set_xlabel(
@@ -174,12 +155,9 @@ def plot_speed(
     return True
 
 
-def _teacher_point(
-    place: Any, row: Row, lines: Sequence[Line], tasks: Sequence[str], speeds: Mapping[str, Sequence[Timing]]
-) -> None:
-    teacher = next((line["teacher"] for line in lines if line.get("teacher") is not None), None)
-    timing = None if teacher is None else fastest(speeds.get(shape_name("teacher", teacher), ()))
-    average = mean_and_deviation([teacher_of_row(row, lines, task) for task in tasks])[0]
+def _teacher_point(place: Any, summary: Summary, speeds: Mapping[str, Sequence[Timing]]) -> None:
+    timing = fastest(speeds.get(shape_name("teacher", summary.lines[0]["teacher"]), ()))
+    average = summary.teacher_average()
     if timing is None or math.isnan(average):
         return
     place.plot(timing.rows_per_s, average, color=GREY, marker="*", markersize=13, linestyle="none")

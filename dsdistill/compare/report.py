@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsdistill.compare.grid import Grid
 from dsdistill.compare.results import FILE, read
-from dsdistill.compare.scores import rows_of, tasks_of
+from dsdistill.compare.scores import summarize
 from dsdistill.compare.table import page
 from dsdistill.corpus.files import write_text
 from dsdistill.speed import Timing
@@ -31,13 +31,13 @@ def write_report(grid: Grid) -> list[Path]:
     missing = sum(cell.id not in known for cell in grid.cells)
     write_text(output / TABLE, page(settings, lines, speeds, missing))
     written = [output / TABLE]
-    rows, tasks = rows_of(lines, settings.best_over), tasks_of(lines)
-    if rows and rows[0].labels:
+    summary = summarize(lines, settings.best_over, settings.teacher_row)
+    if summary.rows and summary.rows[0].labels:
         from dsdistill.compare.plots import plot_scores, plot_speed
 
-        plot_scores(output / SCORES_PNG, settings.name, rows, lines, tasks)
+        plot_scores(output / SCORES_PNG, settings.name, summary)
         written.append(output / SCORES_PNG)
-        if plot_speed(output / SPEED_PNG, settings.name, rows, lines, tasks, speeds):
+        if plot_speed(output / SPEED_PNG, settings.name, summary, speeds):
             written.append(output / SPEED_PNG)
     return written
 

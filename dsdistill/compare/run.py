@@ -12,7 +12,7 @@ from typing import Any
 from dsdistill.compare import results
 from dsdistill.compare.grid import Grid, Run
 from dsdistill.compare.keep import keep_shape, shape_config, tidy
-from dsdistill.compare.kinds import is_done
+from dsdistill.compare.kinds import is_done, plain
 from dsdistill.compare.report import read_speeds, write_report, write_speeds
 from dsdistill.compare.scores import primary, shape_name, shapes_of
 from dsdistill.compare.workers import Machine, Outcome, Workers
@@ -131,7 +131,8 @@ def measure_speeds(grid: Grid) -> None:
     """
     output = grid.settings.output
     speeds = read_speeds(output)
-    for shape, model in shapes_of(results.read(output / results.FILE)).items():
+    lines = [line for line in results.read(output / results.FILE) if line["status"] == results.DONE]
+    for shape, model in shapes_of(lines).items():
         source = str(shape_config(output, shape)) if shape.startswith("student") else model["model"]
         if shape in speeds or (shape.startswith("student") and not Path(source).is_file()):
             continue
@@ -156,6 +157,11 @@ def _speed_of(source: str) -> list[Any]:
     return measure(model, torch.device("cuda" if cuda else "cpu"), lengths=(SPEED_LENGTH,), batches=SPEED_BATCHES)
 
 
+def epochs_of(cell: Run) -> float:
+    """Passes over the training rows in all stages."""
+    return sum(stage["optimization"]["epochs"] for stage in plain(cell.recipe)["stages"])
+
+
 def describe(grid: Grid) -> str:
     """The cells with their numbers and states, and what they need, for people."""
     file = grid.settings.output / results.FILE
@@ -170,6 +176,16 @@ def describe(grid: Grid) -> str:
         for number, (cell, state) in enumerate(zip(grid.cells, states[len(grid.first) :], strict=True))
     ]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    epochs = list(map(epochs_of, grid.cells))
+    budgets = ", ".join(f"{number:g} ({epochs.count(number)} cells)" for number in dict.fromkeys(epochs))
     axes = " x ".join(f"{len(grid.settings.labels(name))} {name}" for name in grid.settings.axes)
     head = f"{grid.settings.name}: {axes}, {len(grid.cells)} cells in {grid.settings.output}; {counts}"
-    return "\n".join([head, *(["needed first:", *first] if first else []), "cells:", *cells])
+    return "\n".join(
+        [
+            head,
+            f"epochs of a cell, all stages: {budgets}",
+            *(["needed first:", *first] if first else []),
+            "cells:",
+            *cells,
+        ]
+    )

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dsdistill.compare.grid import SEED, TASK
@@ -70,15 +71,14 @@ def rows_of(lines: Iterable[Line], best_over: Sequence[str] = ()) -> list[Row]:
     """Group finished cells into rows, in the order of the lines.
 
     Args:
-        lines: Of the results file; failed ones are passed over.
+        lines: Of finished cells.
         best_over: Axes of which each row and task shows the value with the best mean over seeds; those with fewer
             seeds than others are passed over.
     """
     grouped: dict[tuple, list[Line]] = {}
     for line in lines:
-        if line["status"] == DONE:
-            labels = tuple((k, v) for k, v in line["axes"].items() if k not in (TASK, SEED, *best_over))
-            grouped.setdefault(labels, []).append(line)
+        labels = tuple((k, v) for k, v in line["axes"].items() if k not in (TASK, SEED, *best_over))
+        grouped.setdefault(labels, []).append(line)
     return [_row(dict(labels), members, best_over) for labels, members in grouped.items()]
 
 
@@ -101,11 +101,6 @@ def _merit(lines: list[Line]) -> tuple[int, float]:
     return len(lines), statistics.fmean(primary(line["scores"], line) for line in lines)
 
 
-def tasks_of(lines: Iterable[Line]) -> list[str]:
-    """Tasks in the order of the lines."""
-    return list(dict.fromkeys(task_of(line) for line in lines if line["status"] == DONE))
-
-
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n - 1); nan for a deviation of fewer than two, and for the mean of none."""
     if not values:
@@ -113,33 +108,75 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def baseline_of(lines: Iterable[Line], task: str) -> float:
-    """Score of always guessing the majority (mean, for regression), in points; nan if not known."""
-    known = [line for line in lines if line["status"] == DONE and task_of(line) == task]
-    return primary(known[0]["baseline"], known[0]) if known else math.nan
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The numbers of a grid.
+
+    Attributes:
+        lines: Of finished cells.
+        rows: Of the table.
+        tasks: In the order of the lines.
+        reference: The row that stands for the teacher, if the grid names one; it is not among `rows`.
+    """
+
+    lines: tuple[Line, ...]
+    rows: tuple[Row, ...]
+    tasks: tuple[str, ...]
+    reference: Row | None
+
+    def metric(self, task: str) -> str:
+        """Name of the primary metric of a task."""
+        return next(line["primary"] for line in self.lines if task_of(line) == task)
+
+    def baseline(self, task: str) -> float:
+        """Score of always guessing the majority (the mean, for regression), in points."""
+        line = next(line for line in self.lines if task_of(line) == task)
+        return primary(line["baseline"], line)
+
+    def teachers(self, task: str, row: Row | None = None) -> list[float]:
+        """Scores in points of the teachers of a task, one for each teacher.
+
+        Args:
+            task: The task.
+            row: Only its teachers; those of all rows if it has none of its own.
+        """
+        if self.reference is not None:
+            return self.reference.of_task(task)
+        found = {}
+        for line in self.lines if row is None else row.lines:
+            if task_of(line) == task and line["teacher_scores"] is not None:
+                score = primary(line["teacher_scores"], line)
+                found[line["teacher_directory"] or f"{line['teacher']['model']} {score}"] = score
+        return list(found.values()) if found or row is None else self.teachers(task)
+
+    def teacher_average(self, row: Row | None = None) -> float:
+        """Mean over tasks of the teachers' mean score; nan if a task has none."""
+        means = [mean_and_deviation(self.teachers(task, row))[0] for task in self.tasks]
+        return statistics.fmean(means)
+
+    def kept(self, row: Row) -> float:
+        """The row's average over tasks as a percentage of its teachers' average; nan if either is not whole."""
+        teacher = self.teacher_average(row)
+        return 100 * mean_and_deviation(row.averages(self.tasks))[0] / teacher if teacher > 0 else math.nan
 
 
-def teachers_of(lines: Iterable[Line], task: str) -> dict[str, float]:
-    """Scores of the teachers of a task in points, by what tells one teacher from another."""
-    found = {}
-    for line in lines:
-        if line["status"] == DONE and task_of(line) == task and line["teacher_scores"] is not None:
-            score = primary(line["teacher_scores"], line)
-            found[line["teacher_directory"] or f"{line['teacher']['model']} {score}"] = score
-    return found
+def summarize(lines: Iterable[Line], best_over: Sequence[str] = (), reference: Labels | None = None) -> Summary:
+    """Numbers from the lines of a results file; failed cells are passed over.
 
-
-def teacher_of_row(row: Row, lines: Sequence[Line], task: str) -> float:
-    """Mean score of a row's teachers of a task; those of all rows if the row has none of its own; nan if none."""
-    scores = teachers_of(row.lines, task) or teachers_of(lines, task)
-    return statistics.fmean(scores.values()) if scores else math.nan
-
-
-def share_of_teacher(row: Row, lines: Sequence[Line], tasks: Sequence[str]) -> float:
-    """The row's average over tasks as a percentage of its teachers' average; nan if either is not whole."""
-    teacher = statistics.fmean(teacher_of_row(row, lines, task) for task in tasks)
-    average = mean_and_deviation(row.averages(tasks))[0]
-    return 100 * average / teacher if teacher > 0 else math.nan
+    Args:
+        lines: Of the results file.
+        best_over: See `rows_of`.
+        reference: Labels of the row that stands for the teacher.
+    """
+    done = tuple(line for line in lines if line["status"] == DONE)
+    rows = rows_of(done, best_over)
+    is_reference = [bool(reference) and dict(reference or {}).items() <= row.labels.items() for row in rows]
+    return Summary(
+        lines=done,
+        rows=tuple(row for row, is_it in zip(rows, is_reference, strict=True) if not is_it),
+        tasks=tuple(dict.fromkeys(map(task_of, done))),
+        reference=next((row for row, is_it in zip(rows, is_reference, strict=True) if is_it), None),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,15 +231,21 @@ def all_metrics(row: Row, task: str) -> dict[str, list[float]]:
     return found
 
 
+def teacher_seconds(lines: Iterable[Line]) -> dict[str, float]:
+    """Seconds of training of each teacher that was fine-tuned for the grid, by its directory's name."""
+    return {
+        Path(line["teacher_directory"]).name: line["teacher"]["training"]["seconds"]
+        for line in lines
+        if line["teacher_directory"] is not None and "training" in line["teacher"]
+    }
+
+
 def shapes_of(lines: Iterable[Line]) -> dict[str, dict[str, Any]]:
     """The different students and teachers: `student 3 x 384`, with what results.json says about them."""
     found: dict[str, dict[str, Any]] = {}
     for line in lines:
-        if line["status"] != DONE:
-            continue
         for who in ("teacher", "student"):
-            if line[who] is not None:
-                found.setdefault(shape_name(who, line[who]), line[who])
+            found.setdefault(shape_name(who, line[who]), line[who])
     return found
 
 

@@ -7,20 +7,17 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from dsdistill.compare.grid import GridSettings
-from dsdistill.compare.results import DONE, FAILED, FILE, Line
+from dsdistill.compare.results import FAILED, FILE, Line
 from dsdistill.compare.scores import (
     Row,
+    Summary,
     all_metrics,
-    baseline_of,
     budgets,
     cost_of,
     mean_and_deviation,
-    rows_of,
     shapes_of,
-    share_of_teacher,
-    task_of,
-    tasks_of,
-    teachers_of,
+    summarize,
+    teacher_seconds,
 )
 from dsdistill.compare.significance import compare
 from dsdistill.speed import Timing
@@ -48,17 +45,16 @@ def page(settings: GridSettings, lines: Sequence[Line], speeds: Mapping[str, Seq
         speeds: Measured speeds by shape, see `scores.shapes_of`.
         missing: Cells that are neither done nor failed.
     """
-    rows, tasks = rows_of(lines, settings.best_over), tasks_of(lines)
-    done = sum(line["status"] == DONE for line in lines)
+    summary = summarize(lines, settings.best_over, settings.teacher_row)
     failed = [line for line in lines if line["status"] == FAILED]
-    head = f"{done} cells done, {len(failed)} failed, {missing} to do."
+    head = f"{len(summary.lines)} cells done, {len(failed)} failed, {missing} to do."
     parts = [f"# {settings.name}", settings.source.strip(), head]
-    if rows:
-        parts += ["## Scores", HOW, *choice(settings), *scores(rows, lines, tasks)]
-        parts += ["## Budgets and cost", budget_sentence(rows), cost(rows, lines)]
-        parts += tests(rows)
-        parts += ["## Every metric", *(metrics(rows, task) for task in tasks)]
-        parts += ["## Sizes and speed", sizes(lines, speeds)]
+    if summary.rows:
+        parts += ["## Scores", HOW, *choice(settings), *scores(summary)]
+        parts += ["## Budgets and cost", budget_sentence(summary), cost(summary)]
+        parts += tests(summary.rows)
+        parts += ["## Every metric", *(metrics(summary.rows, task) for task in summary.tasks)]
+        parts += ["## Sizes and speed", sizes(summary, speeds)]
     if failed:
         parts += ["## Failed cells", *(f"- `{line['cell']}`: {line['error']}" for line in failed)]
     return "\n\n".join(parts) + "\n"
@@ -76,47 +72,49 @@ def choice(settings: GridSettings) -> list[str]:
     ]
 
 
-def scores(rows: Sequence[Row], lines: Sequence[Line], tasks: Sequence[str]) -> list[str]:
+def scores(summary: Summary) -> list[str]:
     """The main table, and the chosen values if there are any."""
-    metric = {
-        task: next(line["primary"] for line in lines if line["status"] == DONE and task_of(line) == task)
-        for task in tasks
-    }
+    rows, tasks = summary.rows, summary.tasks
     axes = list(rows[0].labels)
-    head = [*axes, *(f"{task} ({metric[task]})" for task in tasks), "average", "kept %", "n"]
+    head = [*axes, *(f"{task} ({summary.metric(task)})" for task in tasks), "average", "kept %", "n"]
     body = []
     for row in rows:
-        fields = [field(row.of_task(task)) for task in tasks]
-        average = field(row.averages(tasks))
-        kept = number(share_of_teacher(row, lines, tasks), 1)
         counts = sorted({len(row.of_task(task)) for task in tasks})
-        body.append([*row.labels.values(), *fields, average, kept, "-".join(map(str, counts))])
-    blank = [""] * max(0, len(axes) - 1)
-    majority = [baseline_of(lines, task) for task in tasks]
-    body.append(
-        [*["majority", *blank][: len(axes)], *map(number, majority), number(statistics.fmean(majority)), "", ""]
-    )
-    teachers = [list(teachers_of(lines, task).values()) for task in tasks]
-    if all(teachers):
-        average = number(statistics.fmean(map(statistics.fmean, teachers)))
-        body.append([*["teacher", *blank][: len(axes)], *map(field, teachers), average, "100.0", ""])
-    return [markdown(head, body), *chosen(rows, tasks)]
+        fields = [field(row.of_task(task)) for task in tasks]
+        fields += [field(row.averages(tasks)), number(summary.kept(row), 1), "-".join(map(str, counts))]
+        body.append([*row.labels.values(), *fields])
+    majority = [summary.baseline(task) for task in tasks]
+    body.append([*_named("majority", axes), *map(number, majority), number(statistics.fmean(majority)), "", ""])
+    teachers = [summary.teachers(task) for task in tasks]
+    if any(teachers):
+        average = number(summary.teacher_average())
+        body.append([*_named("teacher", axes), *map(field, teachers), average, "100.0", ""])
+    return [markdown(head, body), *chosen(summary)]
 
 
-def chosen(rows: Sequence[Row], tasks: Sequence[str]) -> list[str]:
+def _named(name: str, axes: Sequence[str]) -> list[str]:
+    """The fields under the axes of a row that has no labels; there is at least one axis."""
+    return [name, *[""] * (len(axes) - 1)]
+
+
+def chosen(summary: Summary) -> list[str]:
     """Which values were best, per row and task."""
+    rows = [*summary.rows, *([summary.reference] if summary.reference else [])]
     if not any(row.chosen for row in rows):
         return []
     body = [
-        [*row.labels.values(), *(", ".join(row.chosen[task].values()) if task in row.chosen else "-" for task in tasks)]
+        [
+            *row.labels.values(),
+            *(", ".join(row.chosen[task].values()) if task in row.chosen else "-" for task in summary.tasks),
+        ]
         for row in rows
     ]
-    return ["Chosen values:", markdown([*rows[0].labels, *tasks], body)]
+    return ["Chosen values:", markdown([*rows[0].labels, *summary.tasks], body)]
 
 
-def budget_sentence(rows: Sequence[Row]) -> str:
+def budget_sentence(summary: Summary) -> str:
     """Whether all rows were trained for equally long, and how long; else who was not."""
-    by_task = budgets(rows)
+    by_task = budgets(summary.rows)
     if all(len(found) == 1 for found in by_task.values()):
         told = "; ".join(
             f"{task} {steps:,} steps, {seen:,} rows" for task, found in by_task.items() for steps, seen in found
@@ -130,24 +128,21 @@ def budget_sentence(rows: Sequence[Row]) -> str:
     return "**Budgets differ** between rows, per run:\n\n" + "\n".join(told)
 
 
-def cost(rows: Sequence[Row], lines: Sequence[Line]) -> str:
+def cost(summary: Summary) -> str:
     """What each row took."""
     body = []
-    for row in rows:
+    for row in summary.rows:
         total = cost_of(row.tried)
-        body.append(
-            [
-                *row.labels.values(),
-                str(total.runs),
-                number(total.seconds / total.runs, 1),
-                number(total.seconds, 1),
-                f"{total.steps:,}",
-                f"{total.rows:,}",
-            ]
-        )
-    devices = ", ".join(dict.fromkeys(line["device"] for line in lines if line["status"] == DONE))
-    head = [*rows[0].labels, "runs", "seconds per run", "seconds", "steps", "rows seen"]
-    return markdown(head, body) + f"\n\nSums over the runs of a row, on {devices}; runs shared the device."
+        seconds = [number(total.seconds / total.runs, 1), number(total.seconds, 1)]
+        body.append([*row.labels.values(), str(total.runs), *seconds, f"{total.steps:,}", f"{total.rows:,}"])
+    head = [*summary.rows[0].labels, "runs", "seconds per run", "seconds", "steps", "rows seen"]
+    devices = ", ".join(dict.fromkeys(line["device"] for line in summary.lines))
+    told = f"Sums over the runs of a row: time in optimizer steps, on {devices}; runs may have shared the device."
+    teachers = teacher_seconds(summary.lines)
+    if teachers:
+        each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in teachers.items())
+        told += f" Fine-tuning the teachers took {sum(teachers.values()):.1f} s more, once for all rows: {each}."
+    return markdown(head, body) + f"\n\n{told}"
 
 
 def tests(rows: Sequence[Row]) -> list[str]:
@@ -182,15 +177,13 @@ def metrics(rows: Sequence[Row], task: str) -> str:
     return f"### {task}\n\n" + markdown([*rows[0].labels, *names], body)
 
 
-def sizes(lines: Sequence[Line], speeds: Mapping[str, Sequence[Timing]]) -> str:
+def sizes(summary: Summary, speeds: Mapping[str, Sequence[Timing]]) -> str:
     """Parameters, bytes and measured speed of the shapes in the grid."""
     body = []
-    for name, model in shapes_of(lines).items():
+    for name, model in shapes_of(summary.lines).items():
         timings = speeds.get(name, ())
-        speed = (
-            "; ".join(f"{t.rows_per_s:,.0f} ({t.batch} x {t.length}, {t.device})" for t in timings) or "not measured"
-        )
-        body.append([name, f"{model['parameters']:,}", f"{model['bytes'] / 1e6:,.1f}", speed])
+        speed = "; ".join(f"{t.rows_per_s:,.0f} ({t.batch} x {t.length}, {t.device})" for t in timings)
+        body.append([name, f"{model['parameters']:,}", f"{model['bytes'] / 1e6:,.1f}", speed or "not measured"])
     return markdown(["model", "parameters", "MB", "rows/s (batch x length, device)"], body)
 
 

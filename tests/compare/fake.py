@@ -26,6 +26,7 @@ class FakeRecipe(Strict):
     learning_rate: float = 1e-4
     teacher: Path | None = None
     seconds: float = 0.0
+    stages: tuple[dict[str, Any], ...] = ({"optimization": {"epochs": 3}}, {"optimization": {"epochs": 7}})
     trouble: Literal["none", "raise", "die", "die_once", "stop_once", "freeze", "no_results"] = "none"
 
     def to_yaml(self) -> str:
@@ -104,7 +105,7 @@ def results_of(recipe: FakeRecipe) -> dict[str, Any]:
         "baseline": {"dev": {"accuracy": 0.5, "matthews": 0.0}, "dev_other": {"accuracy": 0.5, "matthews": 0.0}},
         "teacher_scores": {"dev": {"accuracy": 0.9, "matthews": 0.6}} if recipe.teacher else None,
         "student": student,
-        "teacher": {"model": "/nowhere", **student, "layers": 2} if recipe.teacher else None,
+        "teacher": {"model": "/nowhere", **student, "layers": 2},
         "training": {
             "seconds": 2.5,
             "stages": [{"name": "prediction", "steps": 10, "rows": 320, "seconds": 2.5}],

@@ -88,6 +88,29 @@ def test_the_command_line_changes_the_values_of_an_axis(content, grid_of, tmp_pa
     assert grid.cells[0].directory.is_relative_to(tmp_path / "b")
 
 
+def test_a_grid_may_extend_another(content, grid_of, tmp_path):
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    part = {"extends": "whole.yaml", "name": "part", "source": "Less.", "only": {"init": ["4,8,12"], "task": ["rte"]}}
+    grid = grid_of(part)
+    assert (grid.settings.name, grid.settings.source, grid.settings.output) == ("part", "Less.", tmp_path / "grid")
+    assert len(grid.cells) == 2 * 1 * 2 * 1 * 3
+    assert {str(cell.recipe.init) + cell.recipe.task for cell in grid.cells} == {"[4, 8, 12]rte"}
+    with pytest.raises(ValueError, match="only: axis init has no 'uper'"):
+        grid_of({**part, "only": {"init": ["uper"]}})
+    with pytest.raises(ValueError, match=r"grid .*nothing\.yaml cannot be read"):
+        grid_of({**part, "extends": "nothing.yaml"})
+
+
+def test_runs_before_may_concern_some_cells_only(content, grid_of, tmp_path):
+    (tmp_path / "before.yaml").write_text("name: agnostic\ntask: none\n")
+    before = {"base": str(tmp_path / "before.yaml"), "set": {"output": "{grid}/first"}, "only": {"objective": ["kd"]}}
+    grid = grid_of({**content, "before": [before]})
+    assert {cell.recipe.objective for cell in grid.cells if cell.needs} == {"kd"}
+    before["only"]["objective"] = ["kdd"]
+    with pytest.raises(ValueError, match=r"before\.only: axis objective has no 'kdd'"):
+        grid_of({**content, "before": [before]})
+
+
 def test_paths_reach_into_lists():
     settings = {"stages": [{"name": "a", "optimization": {"epochs": 1}}, {"name": "b"}]}
     apply(settings, {"stages.*.optimization.epochs": 3, "stages.1.name": "c", "student.init": "lower"})

@@ -6,7 +6,7 @@ from matplotlib import image
 from matplotlib.colors import to_rgb
 
 from dsdistill.compare.plots import COLOURS, plot_scores, plot_speed
-from dsdistill.compare.scores import rows_of, tasks_of
+from dsdistill.compare.scores import summarize
 from dsdistill.speed import Timing
 from tests.compare.test_table import lines as lines  # a fixture
 
@@ -22,7 +22,7 @@ def count(picture: np.ndarray, colour: str) -> int:
 
 
 def test_the_scores_are_drawn(lines, tmp_path):
-    plot_scores(tmp_path / "a.png", "title", rows_of(lines), lines, tasks_of(lines))
+    plot_scores(tmp_path / "a.png", "title", summarize(lines))
     picture = image.imread(tmp_path / "a.png")
     assert picture.shape[0] > 300
     assert picture.shape[1] > 1200
@@ -33,18 +33,18 @@ def test_the_scores_are_drawn(lines, tmp_path):
 
 def test_one_axis_and_one_seed_are_enough(lines, tmp_path):
     few = [line for line in lines if line["axes"]["seed"] == "0" and line["axes"].pop("init") == "lower"]
-    plot_scores(tmp_path / "a.png", "title", rows_of(few), few, tasks_of(few))
+    plot_scores(tmp_path / "a.png", "title", summarize(few))
     picture = image.imread(tmp_path / "a.png")
     assert count(picture, COLOURS[0]) > 300
 
 
 def test_score_is_drawn_against_speed(lines, tmp_path):
-    rows, tasks = rows_of(lines), tasks_of(lines)
+    summary = summarize(lines)
     file = tmp_path / "b.png"
-    assert not plot_speed(file, "title", rows, lines, tasks, {})
+    assert not plot_speed(file, "title", summary, {})
     assert not file.exists()
     speeds = {"student 3 x 8": timing(90.0), "teacher 6 x 8": timing(50.0)}
-    assert plot_speed(file, "title", rows, lines, tasks, speeds)
+    assert plot_speed(file, "title", summary, speeds)
     picture = image.imread(file)
     points = [count(picture, colour) for colour in COLOURS[:2]]
     assert min(points) > 300

@@ -11,7 +11,7 @@ import pytest
 from scipy import special
 
 from dsdistill.compare.grid import GridSettings
-from dsdistill.compare.scores import rows_of, share_of_teacher, tasks_of
+from dsdistill.compare.scores import summarize
 from dsdistill.compare.significance import compare, holm, paired_t
 from dsdistill.compare.table import page
 
@@ -192,13 +192,14 @@ def test_every_metric_and_split_is_shown(lines):
 def test_rows_without_a_teacher_are_measured_by_the_teacher_of_the_others(lines):
     for line in lines:
         if line["axes"]["objective"] == "hid_seq":
-            line.update(teacher_scores=None, teacher=None, teacher_directory=None)
-    rows, tasks = rows_of(lines), tasks_of(lines)
-    kept = share_of_teacher(rows[-1], lines, tasks)
-    assert kept == pytest.approx(100 * array_of(lines, "hid_seq", "4,8,12").mean() / np.mean([90, 80, 80]))
+            line.update(teacher_scores=None, teacher_directory=None)
+    summary = summarize(lines)
+    assert summary.kept(summary.rows[-1]) == pytest.approx(
+        100 * array_of(lines, "hid_seq", "4,8,12").mean() / np.mean([90, 80, 80])
+    )
     for line in lines:
         line["teacher_scores"] = None
-    assert math.isnan(share_of_teacher(rows[0], lines, tasks))
+    assert math.isnan(summarize(lines).kept(summary.rows[0]))
     assert "| teacher |" not in page(settings_of(), lines, {}, 0)
 
 
@@ -230,3 +231,22 @@ def test_the_best_value_of_an_axis_is_chosen_by_its_mean_over_seeds(lines):
         text.split()
     )
     assert first_table(text, "## Budgets and cost")[0]["runs"] == "24"
+
+
+def test_a_row_may_stand_for_the_teacher(lines):
+    for line in lines:
+        line.update(teacher_scores=None, teacher_directory=None)
+    text = page(settings_of(teacher_row={"objective": "hid_seq", "init": "lower"}), lines, {}, 0)
+    table = first_table(text, "## Scores")
+    assert ("hid_seq", "lower") not in [(row["objective"], row["init"]) for row in table]
+    teacher = array_of(lines, "hid_seq", "lower")
+    assert table[-1]["cola (matthews)"] == f"{teacher[0].mean():.2f} +- {teacher[0].std(ddof=1):.2f}"
+    assert table[-1]["average"] == f"{teacher.mean():.2f}"
+    assert table[0]["kept %"] == f"{100 * array_of(lines, 'kd', 'lower').mean() / teacher.mean():.1f}"
+
+
+def test_the_cost_of_teachers_is_told_once_for_each(lines):
+    for line in lines:
+        line["teacher"]["training"] = {"seconds": {"cola": 10.0, "mnli": 20.5, "stsb": 1.0}[line["task"]]}
+    text = page(settings_of(), lines, {}, 0)
+    assert "Fine-tuning the teachers took 31.5 s more, once for all rows: cola 10.0, mnli 20.5, stsb 1.0." in text

@@ -156,6 +156,7 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(compare, capsys, tmp_path)
     text = capsys.readouterr().out
     assert "small: 3 objective x 2 init x 1 task x 3 seed, 18 cells in" in text
     assert "19 to do" in text
+    assert "epochs of a cell, all stages: 10 (18 cells)" in text
     assert f"  to do   {tmp_path}/grid/teachers/cola" in text
     assert "17  to do   hid_seq__upper__cola__6" in text
     assert not (tmp_path / "grid").exists()
