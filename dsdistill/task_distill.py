@@ -91,7 +91,7 @@ def run(
                 directory = tuning_plan.recipe.output
                 with one_job(directory, place, watchdog):
                     distil(TaskRun(plan=tuning_plan, source=source, **shared), "auto")
-                source = Source(model=str(directory / EXPORT))
+                source = Source(model=str(directory / EXPORT), trust_remote_code=source.trust_remote_code)
             distil(TaskRun(plan=plan, source=source, **shared), resume)
         if place.is_first:
             print(summarize_task(recipe.output), flush=True)
