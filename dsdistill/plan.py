@@ -197,7 +197,9 @@ def plan_models(
     """
     if teacher is None:
         raise problems.error()
+    before = len(problems.found)
     layers = problems.of(lambda: initial_layers(settings.init, settings.num_layers, shape_of(teacher).num_layers))
+    misplaced = len(problems.found) > before
     student = problems.of(
         lambda: student_config(
             teacher, settings.num_layers, layers, dropout=settings.dropout, overrides=settings.overrides
@@ -205,6 +207,8 @@ def plan_models(
     )
     if student is not None:
         problems.of(lambda: check_start(teacher, student, resize=settings.resize, init_from=settings.init_from))
+    if misplaced:  # objectives on layers that do not exist would only repeat it
+        student = None
     return Models(source, teacher, student, layers)
 
 

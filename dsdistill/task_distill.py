@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from deepspeed import DeepSpeedEngine
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dsdistill.config.recipe import TaskRecipe
 from dsdistill.core import Batch
@@ -19,7 +19,7 @@ from dsdistill.models.export import rebuild, save_skeleton
 from dsdistill.models.families import shape_of
 from dsdistill.models.loading import load_tokenizer
 from dsdistill.models.student import build_student
-from dsdistill.plan import StagePlan, describe_plan, make_task_plan
+from dsdistill.plan import Plan, Problems, StagePlan, describe_plan, make_task_plan
 from dsdistill.task_summary import finish_run, is_finished, stage_directory, summarize_task
 from dsdistill.task_teacher import (
     EVALUATION_ROWS,
@@ -35,10 +35,10 @@ from dsdistill.task_teacher import (
 )
 from dsdistill.tasks.metrics import scores
 from dsdistill.tasks.rows import evaluation_batches, in_row_order, train_batches
-from dsdistill.tasks.task import Task, open_task
+from dsdistill.tasks.task import Task, open_task, task_spec
 from dsdistill.training import run_directory, signals
 from dsdistill.training.checkpoint import STUDENT, checkpoint_name
-from dsdistill.training.dist import find_place, wait_for_all
+from dsdistill.training.dist import Place, find_place, wait_for_all
 from dsdistill.training.engine import processes
 from dsdistill.training.loop import Stage, answers
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
@@ -71,9 +71,7 @@ def run(
     if isinstance(resume, Path):
         raise ValueError(f"--resume {resume}: a task goes on from its own newest checkpoints; use auto or never")
     place = find_place()
-    tokenizer = load_tokenizer(recipe.teacher.source)
-    task = open_task(recipe.task, recipe.data, tokenizer)
-    plan = make_task_plan(recipe, task.spec, num_training_rows(recipe, task), ds_json, place)
+    task, tokenizer, plan = prepare(recipe, ds_json, place)
     tuning = teacher_recipe(recipe)
     tuning_plan = make_task_plan(tuning, task.spec, task.train.num_rows, ds_json, place) if tuning else None
     if place.is_first:
@@ -95,6 +93,25 @@ def run(
             distil(TaskRun(plan=plan, source=source, **shared), resume)
         if place.is_first:
             print(summarize_task(recipe.output), flush=True)
+
+
+def prepare(
+    recipe: TaskRecipe, ds_json: dict[str, Any], place: Place
+) -> tuple[Task, PreTrainedTokenizerFast, Plan[TaskRecipe]]:
+    """The task's rows, the tokenizer and the plan.
+
+    Raises:
+        ValueError: With every problem of data, models, recipe and JSON.
+    """
+    problems = Problems()
+    tokenizer = problems.of(lambda: load_tokenizer(recipe.teacher.source))
+    task = problems.of(lambda: open_task(recipe.task, recipe.data, tokenizer)) if tokenizer is not None else None
+    spec = task.spec if task is not None else problems.of(lambda: task_spec(recipe.task, recipe.data))
+    rows = num_training_rows(recipe, task) if task is not None else 1
+    plan = problems.of(lambda: make_task_plan(recipe, spec, rows, ds_json, place)) if spec is not None else None
+    if task is None or tokenizer is None or plan is None:
+        raise problems.error()
+    return task, tokenizer, plan
 
 
 def num_training_rows(recipe: TaskRecipe, task: Task) -> int:

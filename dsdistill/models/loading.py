@@ -74,9 +74,13 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     """The model's fast tokenizer.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If there is no such model, or it has none.
     """
-    tokenizer = AutoTokenizer.from_pretrained(**source.arguments())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source.arguments())
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(f"the tokenizer of model {source.model!r} cannot be read ({first_line})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"model {source.model!r} has no fast tokenizer; save one beside it (tokenizer.json)")
     return tokenizer

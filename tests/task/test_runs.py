@@ -145,7 +145,8 @@ def test_the_command_refuses_signals_of_another_teacher_and_tells_what_is_done(t
     ("changes", "message"),
     [
         (["task=nothing", "data.directory=null"], "is none of GLUE's tasks"),
-        (["data.directory=/nowhere"], "/nowhere"),
+        (["data.directory=/nowhere", "student.init=[1,9]"], "/nowhere"),
+        (["data.directory=/nowhere", "student.init=[1,9]"], "outside 1..4"),
         (["data.max_length=65"], "takes 64 tokens"),
         (["student.init=[1,9]"], "outside 1..4"),
         (["stages.0.objectives.0.layer=last"], "stages[0].objectives[0].layer: unknown key (did you mean 'layers'?)"),
