@@ -19,6 +19,7 @@ from dsdistill.compare.workers import Machine, Outcome, Workers
 from dsdistill.training import signals
 
 SPEED_LENGTH, SPEED_BATCHES = 128, (1, 32)
+"""Tokens per row (fewer if a model takes fewer), and rows per call."""
 
 
 def run_grid(grid: Grid, ds_json: dict[str, Any], machine: Machine, *, retry_failed: bool) -> int:
@@ -34,8 +35,10 @@ def run_grid(grid: Grid, ds_json: dict[str, Any], machine: Machine, *, retry_fai
     file = grid.settings.output / results.FILE
     todo = results.collect(file, grid, grid.cells, retry_failed=retry_failed)
     _do(grid, [*first_of(grid, todo), *todo], ds_json, machine)
-    measure_speeds(grid)
-    written = write_report(grid)
+    try:
+        measure_speeds(grid)
+    finally:  # a speed that cannot be measured is no reason to have no table
+        written = write_report(grid)
     print("\n".join(["", *map(str, (file, *written))]), flush=True)
     return failures(grid, grid.cells)
 
@@ -149,12 +152,15 @@ def _speed_of(source: str) -> list[Any]:
 
     from dsdistill.command import quiet_libraries
     from dsdistill.locate import resolve_model
+    from dsdistill.models.families import max_length
     from dsdistill.speed import measure
 
     quiet_libraries()
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    model = AutoModel.from_config(AutoConfig.from_pretrained(resolve_model(source)))
-    return measure(model, torch.device("cuda" if cuda else "cpu"), lengths=(SPEED_LENGTH,), batches=SPEED_BATCHES)
+    config = AutoConfig.from_pretrained(resolve_model(source))
+    length = min(SPEED_LENGTH, max_length(config) or SPEED_LENGTH)
+    device = torch.device("cuda" if cuda else "cpu")
+    return measure(AutoModel.from_config(config), device, lengths=(length,), batches=SPEED_BATCHES)
 
 
 def epochs_of(cell: Run) -> float:
