@@ -205,10 +205,9 @@ def plan_models(
             teacher, settings.num_layers, layers, dropout=settings.dropout, overrides=settings.overrides
         )
     )
-    if student is not None:
-        problems.of(lambda: check_start(teacher, student, resize=settings.resize, init_from=settings.init_from))
-    if misplaced:  # objectives on layers that do not exist would only repeat it
-        student = None
+    if student is None or misplaced:  # objectives on layers that do not exist would only repeat it
+        return Models(source, teacher, None, layers)
+    problems.of(lambda: check_start(teacher, student, resize=settings.resize, init_from=settings.init_from))
     return Models(source, teacher, student, layers)
 
 
