@@ -60,22 +60,24 @@ def processes(place: Place, timeout_s: float) -> Iterator[None]:
     """Join the other processes and leave in order, also after a stop on request, when all are at the same step.
 
     After other errors nobody leaves in order, for nobody may wait for anybody. A process alone leaves when it ends: it
-    may have more runs to do, and DeepSpeed cannot join twice.
+    may have more runs to do, and DeepSpeed cannot join twice. Where the processes have been joined before, nothing is
+    done.
 
     Raises:
         LostRankError: If they do not all come.
     """
+    leaves = not dist.is_initialized() and place.world_size > 1
     if not dist.is_initialized():
         start_processes(place, timeout_s)
-        if place.world_size == 1:
+        if not leaves:
             atexit.register(stop_processes)
     try:
         yield
     except StoppedError:
-        if place.world_size > 1:
+        if leaves:
             stop_processes()
         raise
-    if place.world_size > 1:
+    if leaves:
         stop_processes()
 
 
