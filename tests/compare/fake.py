@@ -56,6 +56,7 @@ def score_of(recipe: FakeRecipe) -> float:
 def run(recipe: FakeRecipe, ds_json: dict[str, Any], *, resume: str, dry_run: bool) -> None:
     assert (resume, dry_run) == ("auto", False)
     assert "zero_optimization" in ds_json
+    assert recipe.teacher is None or (recipe.teacher / "results.json").is_file(), "started before its teacher was done"
     recipe.output.mkdir(parents=True, exist_ok=True)
     (recipe.output / "recipe.yaml").write_text(recipe.to_yaml())
     with (recipe.output / "starts.txt").open("a") as file:
