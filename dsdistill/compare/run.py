@@ -160,7 +160,7 @@ def _speed_of(source: str) -> list[Any]:
     config = AutoConfig.from_pretrained(resolve_model(source))
     length = min(SPEED_LENGTH, max_length(config) or SPEED_LENGTH)
     device = torch.device("cuda" if cuda else "cpu")
-    return measure(AutoModel.from_config(config), device, lengths=(length,), batches=SPEED_BATCHES)
+    return measure(AutoModel.from_config(config), device, lengths=(length,), batches=SPEED_BATCHES, budget_s=1.0)
 
 
 def epochs_of(cell: Run) -> float:
