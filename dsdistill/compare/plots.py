@@ -21,8 +21,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe and Ito's palette, told apart by the colour-blind; yellow is left out on white."""
 
 MARKERS = "osD^vPX*<>h8pd"
-COLUMNS = 4
+COLUMNS = (4, 3)
+"""Panels beside each other: what leaves fewer places empty."""
+
 AVERAGE = "average"
+FAR = 0.5
+"""A baseline further left than this share of the others' width is written at the edge, not drawn."""
+
 GREY = "#666666"
 
 
@@ -37,7 +42,7 @@ def plot_scores(path: Path, title: str, summary: Summary) -> None:
     values = list(dict.fromkeys(row.labels[axis] for row in rows))
     groups = list(dict.fromkeys(_rest(row, others) for row in rows))
     panels = [*tasks, AVERAGE]
-    columns = min(COLUMNS, len(panels))
+    columns = min(len(panels), min(COLUMNS, key=lambda count: -len(panels) % count))
     lines_high = math.ceil(len(panels) / columns)
     height = 1.3 + lines_high * (0.9 + max(1.2, len(values) * (0.14 + 0.13 * len(groups))))
     figure, places = plt.subplots(
@@ -79,11 +84,21 @@ def _point(place: Any, numbers: Sequence[float], height: float, group: int) -> N
 
 
 def _references(place: Any, summary: Summary, tasks: Sequence[str]) -> None:
-    """Vertical lines: teacher dashed, majority baseline dotted."""
-    teachers = [mean_and_deviation(summary.teachers(task))[0] for task in tasks]
-    for scores, style in ((teachers, "--"), ([summary.baseline(task) for task in tasks], ":")):
-        if not any(map(math.isnan, scores)):
-            place.axvline(sum(scores) / len(scores), color=GREY, linestyle=style, linewidth=1.2)
+    """Vertical lines: teacher dashed, majority baseline dotted, or named at the edge if it is far away."""
+    teacher = _mean([mean_and_deviation(summary.teachers(task))[0] for task in tasks])
+    if not math.isnan(teacher):
+        place.axvline(teacher, color=GREY, linestyle="--", linewidth=1.2)
+    baseline = _mean([summary.baseline(task) for task in tasks])
+    left, right = place.get_xlim()
+    if baseline > left - FAR * (right - left):
+        place.axvline(baseline, color=GREY, linestyle=":", linewidth=1.2)
+    elif not math.isnan(baseline):
+        text = f"\N{LEFTWARDS ARROW} majority {baseline:.1f}"
+        place.text(0.02, 0.01, text, transform=place.transAxes, color=GREY, fontsize=8)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _legend(figure: Any, groups: Sequence[str], title: str) -> None:
