@@ -275,8 +275,5 @@ class Workers:
 
     def _kill(self) -> None:
         for worker in self.workers.values():
-            if worker.run is None and worker.process.stdin is not None:
-                worker.process.stdin.close()  # ends it
-            else:
-                worker.process.kill()
+            worker.process.kill()  # what is idle has nothing to save, what is busy was told before
             worker.process.wait()

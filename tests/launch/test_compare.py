@@ -38,8 +38,18 @@ def grid_file(tmp_path) -> Path:
     return path
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def start(grid_file: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(SCRIPT), "--grid", str(grid_file), "--kinds", "tests.compare.fake:KINDS", *more],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
@@ -47,6 +57,8 @@ def start(grid_file: Path, *more: str) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:

@@ -72,19 +72,30 @@ def grid_file(tmp_path, teacher_directory) -> Path:
     return path
 
 
-def start(grid_file: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "compare.py"), "--grid", str(grid_file), "--jobs", "1"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start():
+    """Starts the grid; nothing is left running afterwards."""
+    started = []
+
+    def call(grid_file: Path) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "launch" / "compare.py"), "--grid", str(grid_file), "--jobs", "1"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield call
+    for process in started:
+        process.kill()
 
 
 @pytest.mark.multiprocess
-def test_a_grid_of_two_tasks_two_objectives_and_two_seeds(grid_file, tmp_path):
+def test_a_grid_of_two_tasks_two_objectives_and_two_seeds(start, grid_file, tmp_path):
     output = tmp_path / "grid"
     killed = start(grid_file)
     deadline = time.monotonic() + 120
