@@ -7,12 +7,14 @@ Shapes: B rows, L length, H heads, D width per head. Maps are compared head by h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsdistill.core import Batch, Features, LayerPairs, ModelShape
+from dsdistill.kernels.selection import Kernel, use_fused
 from dsdistill.objectives.chunks import sum_over_rows
 from dsdistill.objectives.mapping import check_attention_layers
 from dsdistill.objectives.numerics import (
@@ -38,6 +40,8 @@ def attention_kl(
     segments: Tensor | None = None,
     window: int | None = None,
     reduction: Reduction = "mean",
+    padded: bool = True,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """KL of the teacher's attention distributions from the student's.
 
@@ -55,21 +59,18 @@ def attention_kl(
         segments: int (B, L), document numbers; if given, attention never crosses documents.
         window: Largest |i - j| that attends, in both models; None for all.
         reduction: `mean`, or `study`: padded queries count, both in the sum and in the division.
+        padded: False promises that everything in `mask` is real, so that nothing has to be hidden.
+        kernel: Which implementation; `auto` is the fused one on a GPU wherever it can be used.
 
     Returns:
         Scalar in nats, mean over real queries and heads; 0 if there are none.
 
     Raises:
-        ValueError: If the numbers of heads differ.
+        ValueError: If the numbers of heads differ, or `kernel: fused` cannot be used.
     """
-
-    def summed(student: Tensor, teacher: Tensor, allowed: Tensor) -> Tensor:
-        return divergence_rows(student, teacher, allowed).sum()
-
-    tensors = (student_query, student_key, teacher_query, teacher_key)
+    maps = Maps(student_query, student_key, teacher_query, teacher_key, student_scaling, teacher_scaling)
     queries = counted(mask, reduction)
-    allowed = allowed_pairs(queries, mask, segments, window)
-    total = _sum_over_maps(summed, tensors, queries, mask, allowed, student_scaling, teacher_scaling)
+    total = divergence_sum(maps, Limits(queries, mask, segments, window, padded), kernel)
     return total / (queries.sum() * student_query.shape[1]).clamp(min=1)
 
 
@@ -85,6 +86,8 @@ def attention_mse(
     segments: Tensor | None = None,
     window: int | None = None,
     reduction: Reduction = "mean",
+    padded: bool = True,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Mean squared difference of attention scores before the softmax.
 
@@ -103,45 +106,99 @@ def attention_mse(
         segments: As in `attention_kl`.
         window: As in `attention_kl`.
         reduction: `mean`, or `study`: padded queries count, and the division is by all B * H * L * L.
+        padded: As in `attention_kl`.
+        kernel: As in `attention_kl`.
 
     Returns:
         Scalar, mean over heads and real (query, key) pairs that may attend; 0 if there are none.
 
     Raises:
-        ValueError: If the numbers of heads differ.
+        ValueError: As in `attention_kl`.
     """
+    maps = Maps(student_query, student_key, teacher_query, teacher_key, student_scaling, teacher_scaling)
+    limits = Limits(counted(mask, reduction), mask, segments, window, padded)
+    total = squares_sum(maps, limits, kernel)
+    places = mask.numel() * mask.shape[1] if reduction == "study" else count_pairs(limits).clamp(min=1)
+    return total / (places * student_query.shape[1])
+
+
+class Maps(NamedTuple):
+    """Queries and keys of both models, heads split, and the factors on their products; the teacher's are constants."""
+
+    student_query: Tensor
+    student_key: Tensor
+    teacher_query: Tensor
+    teacher_key: Tensor
+    student_scaling: float
+    teacher_scaling: float
+
+    def fused(self, kernel: Kernel) -> bool:
+        """Whether the fused implementation compares them.
+
+        Raises:
+            ValueError: If nothing can compare them, or `fused` cannot.
+        """
+        check_head_counts(self.student_query.shape[1], self.teacher_query.shape[1])
+        return use_fused(kernel, (self.student_query, self.student_key), (self.teacher_query, self.teacher_key))
+
+
+class Limits(NamedTuple):
+    """Who may attend to whom: (B, L) queries that count, keys that have probability, documents, and a window."""
+
+    queries: Tensor
+    keys: Tensor
+    segments: Tensor | None = None
+    window: int | None = None
+    padded: bool = True
+
+
+def divergence_sum(maps: Maps, limits: Limits, kernel: Kernel) -> Tensor:
+    """Sum over rows, heads and queries of KL(softmax(teacher) || softmax(student))."""
+
+    def summed(student: Tensor, teacher: Tensor, allowed: Tensor) -> Tensor:
+        return divergence_rows(student, teacher, allowed).sum()
+
+    return _fused_sum("kl", maps, limits) if maps.fused(kernel) else _sum_over_maps(summed, maps, limits)
+
+
+def squares_sum(maps: Maps, limits: Limits, kernel: Kernel) -> Tensor:
+    """Sum over rows, heads and pairs that may attend of the squared difference of scores."""
 
     def summed(student: Tensor, teacher: Tensor, allowed: Tensor) -> Tensor:
         return zero_outside(student - teacher, allowed).square().sum()
 
-    tensors = (student_query, student_key, teacher_query, teacher_key)
-    queries = counted(mask, reduction)
-    allowed = allowed_pairs(queries, mask, segments, window)
-    total = _sum_over_maps(summed, tensors, queries, mask, allowed, student_scaling, teacher_scaling)
-    places = allowed.numel() if reduction == "study" else allowed.sum().clamp(min=1)
-    return total / (places * student_query.shape[1])
+    return _fused_sum("mse", maps, limits) if maps.fused(kernel) else _sum_over_maps(summed, maps, limits)
 
 
-def _sum_over_maps(
-    compare: Callable[[Tensor, Tensor, Tensor], Tensor],
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    queries: Tensor,
-    keys: Tensor,
-    allowed: Tensor,
-    student_scaling: float,
-    teacher_scaling: float,
-) -> Tensor:
+def _fused_sum(measure: Literal["kl", "mse"], maps: Maps, limits: Limits) -> Tensor:
+    """The sum over the batch in one pass over tiles of scores, none of which is kept."""
+    from dsdistill.kernels.pairwise import pairwise_sum  # needs triton
+
+    for query, key in (maps[:2], maps[2:4]):
+        check_groups(query.shape[1], key.shape[1])
+    return pairwise_sum(
+        measure,
+        *maps[:4],
+        student_scaling=maps.student_scaling,
+        teacher_scaling=maps.teacher_scaling,
+        queries=limits.queries if limits.padded else None,
+        keys=limits.keys if limits.padded else None,
+        segments=limits.segments,
+        window=limits.window,
+    )
+
+
+def _sum_over_maps(compare: Callable[[Tensor, Tensor, Tensor], Tensor], maps: Maps, limits: Limits) -> Tensor:
     """Sum of `compare(student scores, teacher scores, allowed)` over the batch, a few rows at a time."""
-    student_query, student_key, teacher_query, teacher_key = tensors
-    check_head_counts(student_query.shape[1], teacher_query.shape[1])
 
     def chunk(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, queries: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
-        student = attention_scores(sq, sk, queries, keys, student_scaling)
-        return compare(student, attention_scores(tq, tk, queries, keys, teacher_scaling), allowed)
+        student = attention_scores(sq, sk, queries, keys, maps.student_scaling)
+        return compare(student, attention_scores(tq, tk, queries, keys, maps.teacher_scaling), allowed)
 
-    _, H, L, _ = student_query.shape
-    constants = (teacher_query.detach(), teacher_key.detach(), queries, keys, allowed)
-    return sum_over_rows(chunk, student_query, student_key, *constants, elements_per_row=H * L * L)
+    _, H, L, _ = maps.student_query.shape
+    allowed = allowed_pairs(limits.queries, limits.keys, limits.segments, limits.window)
+    constants = (maps.teacher_query.detach(), maps.teacher_key.detach(), limits.queries, limits.keys, allowed)
+    return sum_over_rows(chunk, *maps[:2], *constants, elements_per_row=H * L * L)
 
 
 def equal_heads(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, **_: object) -> None:
@@ -163,10 +220,17 @@ def equal_heads(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, **_
     paper="MiniLM, arXiv:2002.10957, sec. 3.1; study arXiv:2305.15032, Att-KL",
 )
 def att_kl(
-    student: Features, teacher: Features, batch: Batch, pairs: LayerPairs, *, reduction: Reduction = "mean"
+    student: Features,
+    teacher: Features,
+    batch: Batch,
+    pairs: LayerPairs,
+    *,
+    reduction: Reduction = "mean",
+    kernel: Kernel = "auto",
 ) -> dict[str, Tensor]:
     """`attention_kl` over layer pairs."""
-    losses = [compare_maps(attention_kl, student, teacher, batch, s, t, reduction=reduction) for s, t in pairs]
+    options = {"reduction": reduction, "padded": batch.padded, "kernel": kernel}
+    losses = [compare_maps(attention_kl, student, teacher, batch, s, t, **options) for s, t in pairs]
     return {"att_kl": over_pairs(losses, reduction)}
 
 
@@ -179,10 +243,17 @@ def att_kl(
     paper="TinyBERT, arXiv:1909.10351, eq. 7; study arXiv:2305.15032, Att-MSE",
 )
 def att_mse(
-    student: Features, teacher: Features, batch: Batch, pairs: LayerPairs, *, reduction: Reduction = "mean"
+    student: Features,
+    teacher: Features,
+    batch: Batch,
+    pairs: LayerPairs,
+    *,
+    reduction: Reduction = "mean",
+    kernel: Kernel = "auto",
 ) -> dict[str, Tensor]:
     """`attention_mse` over layer pairs."""
-    losses = [compare_maps(attention_mse, student, teacher, batch, s, t, reduction=reduction) for s, t in pairs]
+    options = {"reduction": reduction, "padded": batch.padded, "kernel": kernel}
+    losses = [compare_maps(attention_mse, student, teacher, batch, s, t, **options) for s, t in pairs]
     return {"att_mse": over_pairs(losses, reduction)}
 
 
@@ -231,23 +302,60 @@ def attention_scores(
     query_BHLD: Tensor, key_BHLD: Tensor, queries_BL: Tensor, keys_BL: Tensor, scaling: float
 ) -> Tensor:
     """Attention scores (B, H, L, L) without anything from padding; keys of grouped queries are repeated."""
-    if query_BHLD.shape[1] % key_BHLD.shape[1]:
-        raise ValueError(f"{key_BHLD.shape[1]} key heads do not divide {query_BHLD.shape[1]} query heads")
+    check_groups(query_BHLD.shape[1], key_BHLD.shape[1])
     group = query_BHLD.shape[1] // key_BHLD.shape[1]
     query = zero_outside(query_BHLD, queries_BL[:, None, :, None])
     key = zero_outside(key_BHLD, keys_BL[:, None, :, None])
     return inner_products(query, key.repeat_interleave(group, dim=1) if group > 1 else key, scaling)
 
 
-def allowed_pairs(queries_BL: Tensor, keys_BL: Tensor, segments: Tensor | None, window: int | None) -> Tensor:
-    """Who may attend to whom, bool (B, 1, L, L)."""
-    allowed = queries_BL[:, :, None] & keys_BL[:, None, :]
+def allowed_pairs(
+    queries_BL: Tensor,
+    keys_BL: Tensor,
+    segments: Tensor | None,
+    window: int | None,
+    rows: slice = slice(None),
+) -> Tensor:
+    """Who may attend to whom, bool (B, 1, L, L), or for some rows of queries."""
+    allowed = queries_BL[:, rows, None] & keys_BL[:, None, :]
     if segments is not None:
-        allowed = allowed & (segments[:, :, None] == segments[:, None, :])
+        allowed = allowed & (segments[:, rows, None] == segments[:, None, :])
     if window is not None:
         position = torch.arange(queries_BL.shape[1], device=queries_BL.device)
-        allowed = allowed & ((position[:, None] - position[None, :]).abs() <= window)
+        allowed = allowed & ((position[rows, None] - position[None, :]).abs() <= window)
     return allowed[:, None]
+
+
+def count_pairs(limits: Limits) -> Tensor:
+    """How many pairs may attend, int64 scalar; memory grows with the length, not with its square."""
+    queries, keys, segments, window, _ = limits
+    L = queries.shape[1]
+    if segments is not None:
+        blocks = (
+            allowed_pairs(queries, keys, segments, window, slice(i, i + COUNTED_AT_ONCE)).sum()
+            for i in range(0, L, COUNTED_AT_ONCE)
+        )
+        return torch.stack(list(blocks)).sum()
+    if window is None:
+        return (queries.sum(1) * keys.sum(1)).sum()
+    before = F.pad(keys.cumsum(1), (1, 0))
+    position = torch.arange(L, device=queries.device)
+    seen = before[:, (position + window + 1).clamp(max=L)] - before[:, (position - window).clamp(min=0)]
+    return (seen * queries).sum()
+
+
+COUNTED_AT_ONCE = 512
+"""Queries whose pairs are counted at once where documents must be compared one by one."""
+
+
+def check_groups(queries: int, keys: int) -> None:
+    """Refuse grouped queries that do not share keys evenly.
+
+    Raises:
+        ValueError: Names both numbers of heads.
+    """
+    if queries % keys:
+        raise ValueError(f"{keys} key heads do not divide {queries} query heads")
 
 
 def check_head_counts(student: int, teacher: int) -> None:

@@ -10,17 +10,10 @@ from typing import Literal
 from torch import Tensor
 
 from dsdistill.core import Batch, Features, LayerPairs, ModelShape, Signal
-from dsdistill.objectives.attention import att_kl, equal_heads
-from dsdistill.objectives.chunks import sum_over_rows
+from dsdistill.kernels.selection import Kernel
+from dsdistill.objectives.attention import Limits, Maps, att_kl, divergence_sum, equal_heads
 from dsdistill.objectives.mapping import check_attention_layers
-from dsdistill.objectives.numerics import (
-    Reduction,
-    counted,
-    divergence_rows,
-    inner_products,
-    over_pairs,
-    zero_outside,
-)
+from dsdistill.objectives.numerics import Reduction, counted, over_pairs
 from dsdistill.objectives.registry import objective
 
 Projected = Literal["query", "key", "value"]
@@ -38,6 +31,8 @@ def relation_kl(
     teacher_other: Tensor | None = None,
     segments: Tensor | None = None,
     reduction: Reduction = "mean",
+    padded: bool = True,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """KL of the teacher's relations among positions from the student's.
 
@@ -55,43 +50,36 @@ def relation_kl(
         teacher_other: The same for the teacher; give both or none.
         segments: int (B, L), document numbers; if given, relations never cross documents.
         reduction: `mean`, or `study`: padding counts as query and as key.
+        padded: False promises that everything in `mask` is real, so that nothing has to be hidden.
+        kernel: Which implementation; `auto` is the fused one on a GPU wherever it can be used.
 
     Returns:
         Scalar in nats, mean over real positions and relation heads; 0 if there are none.
 
     Raises:
-        ValueError: If `relation_heads` does not divide a width, or only one second factor is given.
+        ValueError: If `relation_heads` does not divide a width, only one second factor is given, or
+            `kernel: fused` cannot be used.
     """
     if (student_other is None) != (teacher_other is None):
         raise ValueError("relation_kl got the second factor of one model only; give student_other and teacher_other")
-    real = counted(mask, reduction)
-    allowed = real[:, :, None] & real[:, None, :]
-    if segments is not None:
-        allowed = allowed & (segments[:, :, None] == segments[:, None, :])
     check_divides(relation_heads, student.shape[1] * student.shape[3])
     check_divides(relation_heads, teacher.shape[1] * teacher.shape[3])
-
-    def chunk(left: Tensor, right: Tensor, left_t: Tensor, right_t: Tensor, real: Tensor, allowed: Tensor) -> Tensor:
-        ours = _relations(left, right, real, relation_heads)
-        return divergence_rows(ours, _relations(left_t, right_t, real, relation_heads), allowed).sum()
-
-    factors = (student, student if student_other is None else student_other)
-    constants = (teacher.detach(), (teacher if teacher_other is None else teacher_other).detach())
-    size = relation_heads * mask.shape[1] ** 2
-    total = sum_over_rows(chunk, *factors, *constants, real, allowed[:, None], elements_per_row=size)
+    real = counted(mask, reduction)
+    factors = []
+    for left, right in ((student, student_other), (teacher, teacher_other)):
+        regrouped = _regroup(left, relation_heads)
+        factors += [regrouped, regrouped if right is None or right is left else _regroup(right, relation_heads)]
+    maps = Maps(*factors, factors[0].shape[-1] ** -0.5, factors[2].shape[-1] ** -0.5)
+    limits = Limits(real, real, segments, None, padded and reduction == "mean")
+    total = divergence_sum(maps, limits, kernel)
     return total / (real.sum() * relation_heads).clamp(min=1)
-
-
-def _relations(left_BHLD: Tensor, right_BHLD: Tensor, real_BL: Tensor, relation_heads: int) -> Tensor:
-    """Scaled products (B, R, L, L) with nothing from padding in them."""
-    left_BRLD = _regroup(zero_outside(left_BHLD, real_BL[:, None, :, None]), relation_heads)
-    right_BRLD = _regroup(zero_outside(right_BHLD, real_BL[:, None, :, None]), relation_heads)
-    return inner_products(left_BRLD, right_BRLD, left_BRLD.shape[-1] ** -0.5)
 
 
 def _regroup(tensor_BHLD: Tensor, relation_heads: int) -> Tensor:
     """Merge heads to the width, then split it into relation heads: (B, H, L, D) -> (B, R, L, E / R)."""
     B, H, L, D = tensor_BHLD.shape
+    if relation_heads == H:
+        return tensor_BHLD
     merged_BLE = tensor_BHLD.transpose(1, 2).reshape(B, L, H * D)
     return merged_BLE.view(B, L, relation_heads, -1).transpose(1, 2)
 
@@ -130,7 +118,13 @@ def relation_heads_fit(
     paper="MiniLM, arXiv:2002.10957, sec. 3.2; study arXiv:2305.15032, Val-KL",
 )
 def val_kl(
-    student: Features, teacher: Features, batch: Batch, pairs: LayerPairs, *, reduction: Reduction = "mean"
+    student: Features,
+    teacher: Features,
+    batch: Batch,
+    pairs: LayerPairs,
+    *,
+    reduction: Reduction = "mean",
+    kernel: Kernel = "auto",
 ) -> dict[str, Tensor]:
     """Value relations, one relation head for each of the teacher's heads; a student with other heads is regrouped."""
     losses = [
@@ -140,6 +134,8 @@ def val_kl(
             batch.mask,
             relation_heads=teacher.at("value", t).shape[1],
             reduction=reduction,
+            padded=batch.padded,
+            kernel=kernel,
         )
         for s, t in pairs
     ]
@@ -155,11 +151,17 @@ def val_kl(
     paper="MiniLM, arXiv:2002.10957, sec. 3.2; study arXiv:2305.15032, Att-KL + Val-KL",
 )
 def minilm(
-    student: Features, teacher: Features, batch: Batch, pairs: LayerPairs, *, reduction: Reduction = "mean"
+    student: Features,
+    teacher: Features,
+    batch: Batch,
+    pairs: LayerPairs,
+    *,
+    reduction: Reduction = "mean",
+    kernel: Kernel = "auto",
 ) -> dict[str, Tensor]:
     """Attention distributions and value relations, both with weight 1."""
-    return att_kl(student, teacher, batch, pairs, reduction=reduction) | val_kl(
-        student, teacher, batch, pairs, reduction=reduction
+    return att_kl(student, teacher, batch, pairs, reduction=reduction, kernel=kernel) | val_kl(
+        student, teacher, batch, pairs, reduction=reduction, kernel=kernel
     )
 
 
@@ -185,6 +187,7 @@ def minilmv2(
     relation_heads: int = 48,
     relations: Relations = SELF_RELATIONS,
     reduction: Reduction = "mean",
+    kernel: Kernel = "auto",
 ) -> dict[str, Tensor]:
     """Relations by name, one term each, such as `query_query`; 48 relation heads as for the paper's base models."""
     terms = {}
@@ -198,6 +201,8 @@ def minilmv2(
                 student_other=student.at(right, s),
                 teacher_other=teacher.at(right, t),
                 reduction=reduction,
+                padded=batch.padded,
+                kernel=kernel,
             )
             for s, t in pairs
         ]

@@ -1,0 +1,277 @@
+"""KL and squared differences of two models' pairwise scores without ever holding the scores: operators over `tiles`.
+
+Scores are `scaling * left . right` for each head: queries and keys of attention, or one tensor with itself or another
+for relations. The operators are registered with `torch.library`: `torch.compile` keeps them whole, gradients reach
+the student only, and no value is looked at on the host.
+
+Shapes: B rows, H heads, L length, D width per head (student and teacher may differ in D).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dsdistill.kernels import tiles
+
+LOG2E = 1.4426950408889634
+Measure = Literal["kl", "mse"]
+
+
+class Tile(NamedTuple):
+    """How a program is cut: M queries by N keys, by so many warps, with loads so many steps ahead."""
+
+    M: int
+    N: int
+    num_warps: int
+    num_stages: int
+
+
+def pairwise_sum(
+    measure: Measure,
+    left: Tensor,
+    right: Tensor,
+    teacher_left: Tensor,
+    teacher_right: Tensor,
+    *,
+    student_scaling: float,
+    teacher_scaling: float,
+    queries: Tensor | None = None,
+    keys: Tensor | None = None,
+    segments: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Sum over rows, heads and queries of KL(teacher || student) in nats, or of squared differences of scores.
+
+    Args:
+        measure: `kl` of the softmaxes over keys, or `mse` of the scores themselves.
+        left: Student's queries, (B, H, L, D), any strides; gradients flow.
+        right: Student's keys, (B, H / group, L, D); gradients flow. Where left and right are one object on both sides
+            (relations of a tensor with itself), its whole gradient takes one pass.
+        teacher_left: The teacher's, (B, H, L, D').
+        teacher_right: The teacher's, (B, H / group', L, D').
+        student_scaling: Factor on the student's products.
+        teacher_scaling: Factor on the teacher's.
+        queries: bool (B, L), the positions that count; given with `keys` or not at all.
+        keys: bool (B, L), the positions that have probability. What stands elsewhere is never used.
+        segments: int (B, L), documents that attention does not cross.
+        window: Largest |i - j| that attends.
+
+    Returns:
+        Scalar in float32.
+    """
+    own = right is left and teacher_right is teacher_left and queries is keys
+    masks = [None if mask is None else mask.to(torch.uint8) for mask in (queries, keys)]
+    total, _ = _forward(
+        measure,
+        left,
+        None if own else right,
+        teacher_left.detach(),
+        teacher_right.detach(),
+        masks[0],
+        masks[1],
+        None if segments is None else segments.to(torch.int32),
+        window,
+        student_scaling,
+        teacher_scaling,
+    )
+    return total
+
+
+@torch.library.custom_op("dsdistill::pairwise_sum", mutates_args=())
+def _forward(
+    measure: str,
+    left: Tensor,
+    right: Tensor | None,
+    teacher_left: Tensor,
+    teacher_right: Tensor,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    segments: Tensor | None,
+    window: int | None,
+    student_scaling: float,
+    teacher_scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """The sum, and for KL both models' log-sum-exps in base 2, (2, B, H, L)."""
+    B, H, L, _ = left.shape
+    factors = _rows_of(left, left if right is None else right, teacher_left, teacher_right)
+    tile = tile_for("forward", measure, factors)
+    sums = left.new_empty(B * H * triton.cdiv(L, tile.M), dtype=torch.float32)
+    lse = left.new_empty((2, B, H, L) if measure == "kl" else (2, 0), dtype=torch.float32)
+    unit = LOG2E if measure == "kl" else 1.0
+    with torch.cuda.device_of(left):
+        tiles.forward[(sums.numel(),)](
+            *factors,
+            *_places(left, queries, keys, segments),
+            sums,
+            lse[0],
+            lse[1],
+            *(stride for factor in factors for stride in factor.stride()[:3]),
+            student_scaling * unit,
+            teacher_scaling * unit,
+            H,
+            L,
+            0 if window is None else window,
+            **_options(measure, factors, queries, segments, window, tile),
+        )
+    return sums.sum(), lse
+
+
+@_forward.register_fake
+def _(measure, left, right, teacher_left, teacher_right, queries, keys, segments, window, *scalings):  # noqa: ANN202
+    B, H, L, _ = left.shape
+    lse = left.new_empty((2, B, H, L) if measure == "kl" else (2, 0), dtype=torch.float32)
+    return left.new_empty((), dtype=torch.float32), lse
+
+
+@torch.library.custom_op("dsdistill::pairwise_gradients", mutates_args=())
+def _backward(
+    upstream: Tensor,
+    measure: str,
+    left: Tensor,
+    right: Tensor | None,
+    teacher_left: Tensor,
+    teacher_right: Tensor,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    segments: Tensor | None,
+    window: int | None,
+    student_scaling: float,
+    teacher_scaling: float,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of left and right; of left alone, and nothing, where right is None."""
+    B, H, L, _ = left.shape
+    own = right is None
+    factors = _rows_of(left, left if right is None else right, teacher_left, teacher_right)
+    if measure == "kl":
+        units, factor = LOG2E, student_scaling * 2.0**-tiles.KL_SHIFT.value
+    else:
+        units, factor = tiles.MSE_FACTOR.value, student_scaling * 2.0 / tiles.MSE_FACTOR.value
+    common = (
+        *factors,
+        *_places(left, queries, keys, segments),
+        lse[0],
+        lse[1],
+        upstream,
+    )
+    strides = tuple(stride for tensor in factors for stride in tensor.stride()[:3])
+    scalars = (student_scaling * units, teacher_scaling * units, factor, H, L, 0 if window is None else window)
+    to_left = _gradient_like(left)
+    to_right = left.new_empty(0) if right is None else _gradient_like(right)
+    with torch.cuda.device_of(left):
+        tile = tile_for("left", measure, factors)
+        tiles.left_gradient[(B * H * triton.cdiv(L, tile.M),)](
+            *common,
+            to_left,
+            *strides,
+            *to_left.stride()[:3],
+            *scalars,
+            BOTH=own,
+            **_options(measure, factors, queries, segments, window, tile),
+        )
+        if not own:
+            tile = tile_for("right", measure, factors)
+            tiles.right_gradient[(B * to_right.shape[1] * triton.cdiv(L, tile.N),)](
+                *common,
+                to_right,
+                *strides,
+                *to_right.stride()[:3],
+                *scalars,
+                **_options(measure, factors, queries, segments, window, tile),
+            )
+    return to_left, to_right
+
+
+@_backward.register_fake
+def _(upstream, measure, left, right, *rest):  # noqa: ANN202
+    return _gradient_like(left), left.new_empty(0) if right is None else _gradient_like(right)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    measure, *tensors, window, student_scaling, teacher_scaling = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.settings = (window, student_scaling, teacher_scaling)
+    ctx.measure = measure
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, lse = ctx.saved_tensors
+    to_left, to_right = _backward(upstream, ctx.measure, *tensors, *ctx.settings, lse)
+    return None, to_left, None if tensors[1] is None else to_right, *(None,) * 8
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _gradient_like(factor: Tensor) -> Tensor:
+    """Empty (B, H, L, D) that is (B, L, H, D) in memory, as the projections before it want their gradient."""
+    B, H, L, D = factor.shape
+    return factor.new_empty(B, L, H, D).transpose(1, 2)
+
+
+def _rows_of(*factors: Tensor) -> tuple[Tensor, ...]:
+    """Factors whose widths lie side by side in memory."""
+    return tuple(factor if factor.stride(-1) == 1 else factor.contiguous() for factor in factors)
+
+
+def _places(left: Tensor, queries: Tensor | None, keys: Tensor | None, segments: Tensor | None) -> tuple[Tensor, ...]:
+    """Pointers to masks and documents; to anything where there are none, as nobody follows those."""
+    return tuple(left if place is None else place.contiguous() for place in (queries, keys, segments))
+
+
+def _options(
+    measure: str,
+    factors: tuple[Tensor, ...],
+    queries: Tensor | None,
+    segments: Tensor | None,
+    window: int | None,
+    tile: Tile,
+) -> dict[str, Any]:
+    """Compile-time arguments of a program."""
+    left, right, teacher_left, teacher_right = factors
+    H, L, width = left.shape[1:]
+    masked = queries is not None
+    return {
+        "KL": measure == "kl",
+        "GROUP_S": H // right.shape[1],
+        "GROUP_T": H // teacher_right.shape[1],
+        "WIDTH_S": width,
+        "WIDTH_T": teacher_left.shape[3],
+        "BLOCK_S": block_of(width),
+        "BLOCK_T": block_of(teacher_left.shape[3]),
+        "MASKED": masked,
+        "EVEN": not masked and L % tile.M == 0 and L % tile.N == 0,
+        "SEGMENTS": segments is not None,
+        "WINDOW": window is not None,
+        "PRECISION_S": "tf32x3" if left.dtype == torch.float32 else "tf32",
+        "PRECISION_T": "tf32x3" if teacher_left.dtype == torch.float32 else "tf32",
+        **tile._asdict(),
+    }
+
+
+def block_of(width: int) -> int:
+    """The power of two, at least 16, that holds a head's width."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def tile_for(kernel: Literal["forward", "left", "right"], measure: str, factors: tuple[Tensor, ...]) -> Tile:
+    """The tile that was fastest where it was measured (`benchmarks/speed_notes.md`), smaller for short rows."""
+    left, _, teacher_left, _ = factors
+    if left.dtype == torch.float32 or teacher_left.dtype == torch.float32:
+        return Tile(32, 32, 4, 2)
+    tile = TILES[kernel, measure, max(block_of(left.shape[3]), block_of(teacher_left.shape[3]))]
+    longest = max(16, triton.next_power_of_2(left.shape[2]))
+    return tile._replace(M=min(tile.M, longest), N=min(tile.N, longest))
+
+
+TILES = {
+    (kernel, measure, block): Tile(64, 64, 4, 2)
+    for kernel in ("forward", "left", "right")
+    for measure in ("kl", "mse")
+    for block in (16, 32, 64, 128)
+}

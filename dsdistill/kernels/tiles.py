@@ -1,0 +1,387 @@
+"""Triton programs that compare two models' pairwise scores tile by tile; no scores ever reach device memory.
+
+A score is `scaling * left_i . right_j` of one head; left and right are queries and keys, or twice the same tensor.
+`forward` sums KL or squared differences over rows of scores, `left_gradient` and `right_gradient` rebuild the scores and
+sum over keys or over queries. Every output is written by one program in one order: results are deterministic.
+
+Shapes: B rows, H heads, L length, D width per head; tiles are M queries by N keys. S is the student, T the teacher.
+Scores live in base 2 (log2 e is part of the scale), so that a probability is one `exp2`.
+"""
+
+import triton
+import triton.language as tl
+
+FILL = tl.constexpr(-1e30)
+"""Stands in for minus infinity: finite, so that no difference of two of them is NaN."""
+LN2 = tl.constexpr(0.6931471805599453)
+KL_SHIFT = tl.constexpr(14.0)
+"""Differences of probabilities times 2^14: far from fp16's smallest numbers, and two of them still below its largest."""
+MSE_FACTOR = tl.constexpr(0.125)
+"""Differences of scores times 1/8: fp16 holds them from 5e-4 at full precision up to 5e5."""
+HALF_MAX = tl.constexpr(65504.0)
+
+
+@triton.jit
+def load_rows(base, rows, real, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """Rows of one head, (rows, BLOCK); zeros in rows that are not real and beyond the width."""
+    columns = tl.arange(0, BLOCK)
+    pointers = base + rows[:, None] * stride + columns[None, :]
+    if EVEN and WIDTH == BLOCK:
+        return tl.load(pointers)
+    if WIDTH == BLOCK:
+        return tl.load(pointers, mask=real[:, None], other=0.0)
+    return tl.load(pointers, mask=real[:, None] & (columns[None, :] < WIDTH), other=0.0)
+
+
+@triton.jit
+def real_rows(mask, rows, L, MASKED: tl.constexpr):
+    """Which rows exist and, with a mask, are no padding."""
+    real = rows < L
+    if MASKED:
+        real = tl.load(mask + rows, mask=real, other=0) != 0
+    return real
+
+
+@triton.jit
+def load_segments(segments, rows, L, SEGMENTS: tl.constexpr):
+    """Document numbers of rows, or anything where there are none."""
+    if SEGMENTS:
+        return tl.load(segments + rows, mask=rows < L, other=-1)
+    return rows
+
+
+@triton.jit
+def may_attend(queries, keys, query_segments, key_segments, window, SEGMENTS: tl.constexpr, WINDOW: tl.constexpr):
+    """Which pairs of a tile may attend; arguments are broadcastable."""
+    if SEGMENTS and WINDOW:
+        distance = queries - keys
+        return (query_segments == key_segments) & (distance <= window) & (distance >= -window)
+    if SEGMENTS:
+        return query_segments == key_segments
+    distance = queries - keys
+    return (distance <= window) & (distance >= -window)
+
+
+@triton.jit
+def forward(
+    left_s,
+    right_s,
+    left_t,
+    right_t,
+    queries,
+    keys,
+    segments,
+    sums,
+    lse_s,
+    lse_t,
+    ls_b,
+    ls_h,
+    ls_l,
+    rs_b,
+    rs_h,
+    rs_l,
+    lt_b,
+    lt_h,
+    lt_l,
+    rt_b,
+    rt_h,
+    rt_l,
+    scale_s,
+    scale_t,
+    H,
+    L,
+    window,
+    KL: tl.constexpr,
+    GROUP_S: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    WIDTH_S: tl.constexpr,
+    WIDTH_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION_S: tl.constexpr,
+    PRECISION_T: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Sum over M queries of one head: of KL rows (in nats), or of squared differences of scores.
+
+    KL of row i is sum_j p_ij (t_ij - s_ij) + lse_s_i - lse_t_i, with running maxima and sums of both softmaxes; the two
+    log-sum-exps (base 2) are what the gradients need.
+    """
+    blocks = tl.cdiv(L, M)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks) * M
+    b, h = head // H, head % H
+    rows = start + tl.arange(0, M)
+    real = real_rows(queries + b * L, rows, L, MASKED)
+    left_s = load_rows(left_s + b * ls_b + h * ls_h, rows, real, ls_l, WIDTH_S, BLOCK_S, EVEN)
+    left_t = load_rows(left_t + b * lt_b + h * lt_h, rows, real, lt_l, WIDTH_T, BLOCK_T, EVEN)
+    right_s += b * rs_b + (h // GROUP_S) * rs_h
+    right_t += b * rt_b + (h // GROUP_T) * rt_h
+    row_segments = load_segments(segments + b * L, rows, L, SEGMENTS)
+    top_s = tl.full((M,), FILL, tl.float32)
+    top_t = tl.full((M,), FILL, tl.float32)
+    sum_s = tl.zeros((M,), tl.float32)
+    sum_t = tl.zeros((M,), tl.float32)
+    cross = tl.zeros((M,), tl.float32)
+    first, last = 0, L
+    if WINDOW:
+        first = tl.maximum(0, start - window) // N * N
+        last = tl.minimum(L, start + M + window)
+    for j in tl.range(first, last, N):
+        columns = j + tl.arange(0, N)
+        seen = real_rows(keys + b * L, columns, L, MASKED)
+        tile_s = load_rows(right_s, columns, seen, rs_l, WIDTH_S, BLOCK_S, EVEN)
+        tile_t = load_rows(right_t, columns, seen, rt_l, WIDTH_T, BLOCK_T, EVEN)
+        s = tl.dot(left_s, tl.trans(tile_s), input_precision=PRECISION_S) * scale_s
+        t = tl.dot(left_t, tl.trans(tile_t), input_precision=PRECISION_T) * scale_t
+        if KL and not EVEN:
+            hidden = tl.where(seen, 0.0, FILL)
+            s += hidden[None, :]
+            t += hidden[None, :]
+        if SEGMENTS or WINDOW:
+            others = load_segments(segments + b * L, columns, L, SEGMENTS)
+            allowed = may_attend(
+                rows[:, None], columns[None, :], row_segments[:, None], others[None, :], window, SEGMENTS, WINDOW
+            )
+            s = tl.where(allowed, s, FILL if KL else 0.0)
+            t = tl.where(allowed, t, FILL if KL else 0.0)
+        if KL:
+            new_s = tl.maximum(top_s, tl.max(s, 1))
+            new_t = tl.maximum(top_t, tl.max(t, 1))
+            shrink_t = tl.exp2(top_t - new_t)
+            weight = tl.exp2(t - new_t[:, None])
+            sum_s = sum_s * tl.exp2(top_s - new_s) + tl.sum(tl.exp2(s - new_s[:, None]), 1)
+            sum_t = sum_t * shrink_t + tl.sum(weight, 1)
+            cross = cross * shrink_t + tl.sum(weight * (t - s), 1)
+            top_s, top_t = new_s, new_t
+        else:
+            cross += tl.sum((s - t) * (s - t), 1)
+    if KL:
+        top_s += tl.log2(sum_s)
+        top_t += tl.log2(sum_t)
+        inside = rows < L
+        tl.store(lse_s + head * L + rows, top_s, mask=inside)
+        tl.store(lse_t + head * L + rows, top_t, mask=inside)
+        divergence = (cross / sum_t + (top_s - top_t)) * LN2
+        tl.store(sums + tl.program_id(0), tl.sum(tl.where(real, divergence, 0.0), 0))
+    else:
+        tl.store(sums + tl.program_id(0), tl.sum(cross, 0))
+
+
+@triton.jit
+def left_gradient(
+    left_s,
+    right_s,
+    left_t,
+    right_t,
+    queries,
+    keys,
+    segments,
+    lse_s,
+    lse_t,
+    upstream,
+    gradient,
+    ls_b,
+    ls_h,
+    ls_l,
+    rs_b,
+    rs_h,
+    rs_l,
+    lt_b,
+    lt_h,
+    lt_l,
+    rt_b,
+    rt_h,
+    rt_l,
+    g_b,
+    g_h,
+    g_l,
+    scale_s,
+    scale_t,
+    factor,
+    H,
+    L,
+    window,
+    KL: tl.constexpr,
+    BOTH: tl.constexpr,
+    GROUP_S: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    WIDTH_S: tl.constexpr,
+    WIDTH_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION_S: tl.constexpr,
+    PRECISION_T: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Gradient of M rows of `left_s` for one head: sum_j dS_ij right_j, dS = (softmax(s) - softmax(t)) or 2 (s - t).
+
+    With BOTH, left and right are one tensor: scores are symmetric, and sum_j (dS_ij + dS_ji) x_j is its whole gradient.
+    """
+    blocks = tl.cdiv(L, M)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks) * M
+    b, h = head // H, head % H
+    rows = start + tl.arange(0, M)
+    inside = rows < L
+    real = real_rows(queries + b * L, rows, L, MASKED)
+    left_s = load_rows(left_s + b * ls_b + h * ls_h, rows, real, ls_l, WIDTH_S, BLOCK_S, EVEN)
+    left_t = load_rows(left_t + b * lt_b + h * lt_h, rows, real, lt_l, WIDTH_T, BLOCK_T, EVEN)
+    right_s += b * rs_b + (h // GROUP_S) * rs_h
+    right_t += b * rt_b + (h // GROUP_T) * rt_h
+    row_segments = load_segments(segments + b * L, rows, L, SEGMENTS)
+    lse_s += head * L
+    lse_t += head * L
+    if KL:
+        row_s = tl.load(lse_s + rows, mask=inside, other=0.0) - KL_SHIFT
+        row_t = tl.load(lse_t + rows, mask=inside, other=0.0) - KL_SHIFT
+    total = tl.zeros((M, BLOCK_S), tl.float32)
+    first, last = 0, L
+    if WINDOW:
+        first = tl.maximum(0, start - window) // N * N
+        last = tl.minimum(L, start + M + window)
+    for j in tl.range(first, last, N):
+        columns = j + tl.arange(0, N)
+        seen = real_rows(keys + b * L, columns, L, MASKED)
+        tile_s = load_rows(right_s, columns, seen, rs_l, WIDTH_S, BLOCK_S, EVEN)
+        tile_t = load_rows(right_t, columns, seen, rt_l, WIDTH_T, BLOCK_T, EVEN)
+        s = tl.dot(left_s, tl.trans(tile_s), input_precision=PRECISION_S) * scale_s
+        t = tl.dot(left_t, tl.trans(tile_t), input_precision=PRECISION_T) * scale_t
+        if KL and not EVEN:
+            hidden = tl.where(seen, 0.0, FILL)
+            s += hidden[None, :]
+            t += hidden[None, :]
+        if SEGMENTS or WINDOW:
+            others = load_segments(segments + b * L, columns, L, SEGMENTS)
+            allowed = may_attend(
+                rows[:, None], columns[None, :], row_segments[:, None], others[None, :], window, SEGMENTS, WINDOW
+            )
+            s = tl.where(allowed, s, FILL if KL else 0.0)
+            t = tl.where(allowed, t, FILL if KL else 0.0)
+        if KL:
+            change = tl.exp2(s - row_s[:, None]) - tl.exp2(t - row_t[:, None])
+            if BOTH:
+                column_s = tl.load(lse_s + columns, mask=columns < L, other=0.0) - KL_SHIFT
+                column_t = tl.load(lse_t + columns, mask=columns < L, other=0.0) - KL_SHIFT
+                change += tl.exp2(s - column_s[None, :]) - tl.exp2(t - column_t[None, :])
+        else:
+            change = tl.clamp(s - t, -HALF_MAX, HALF_MAX)
+        total = tl.dot(change.to(tile_s.dtype), tile_s, total, input_precision=PRECISION_S)
+    total *= tl.load(upstream) * factor
+    total = tl.where(real[:, None], total, 0.0)
+    columns = tl.arange(0, BLOCK_S)
+    pointers = gradient + b * g_b + h * g_h + rows[:, None] * g_l + columns[None, :]
+    tl.store(pointers, total.to(gradient.dtype.element_ty), mask=inside[:, None] & (columns[None, :] < WIDTH_S))
+
+
+@triton.jit
+def right_gradient(
+    left_s,
+    right_s,
+    left_t,
+    right_t,
+    queries,
+    keys,
+    segments,
+    lse_s,
+    lse_t,
+    upstream,
+    gradient,
+    ls_b,
+    ls_h,
+    ls_l,
+    rs_b,
+    rs_h,
+    rs_l,
+    lt_b,
+    lt_h,
+    lt_l,
+    rt_b,
+    rt_h,
+    rt_l,
+    g_b,
+    g_h,
+    g_l,
+    scale_s,
+    scale_t,
+    factor,
+    H,
+    L,
+    window,
+    KL: tl.constexpr,
+    GROUP_S: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    WIDTH_S: tl.constexpr,
+    WIDTH_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION_S: tl.constexpr,
+    PRECISION_T: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Gradient of N rows of `right_s` for one of its heads: sum_i dS_ij left_i, over the queries of its group."""
+    blocks = tl.cdiv(L, N)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks) * N
+    b, h = head // (H // GROUP_S), head % (H // GROUP_S)
+    columns = start + tl.arange(0, N)
+    inside = columns < L
+    seen = real_rows(keys + b * L, columns, L, MASKED)
+    right_s = load_rows(right_s + b * rs_b + h * rs_h, columns, seen, rs_l, WIDTH_S, BLOCK_S, EVEN)
+    column_segments = load_segments(segments + b * L, columns, L, SEGMENTS)
+    hidden = tl.where(seen, 0.0, FILL)
+    total = tl.zeros((N, BLOCK_S), tl.float32)
+    first, last = 0, L
+    if WINDOW:
+        first = tl.maximum(0, start - window) // M * M
+        last = tl.minimum(L, start + N + window)
+    for member in tl.range(GROUP_S):
+        q = h * GROUP_S + member
+        of_head = (b * H + q) * L
+        head_s = left_s + b * ls_b + q * ls_h
+        head_t = left_t + b * lt_b + q * lt_h
+        tile_t = load_rows(right_t + b * rt_b + (q // GROUP_T) * rt_h, columns, seen, rt_l, WIDTH_T, BLOCK_T, EVEN)
+        for i in tl.range(first, last, M):
+            rows = i + tl.arange(0, M)
+            real = real_rows(queries + b * L, rows, L, MASKED)
+            query_s = load_rows(head_s, rows, real, ls_l, WIDTH_S, BLOCK_S, EVEN)
+            query_t = load_rows(head_t, rows, real, lt_l, WIDTH_T, BLOCK_T, EVEN)
+            s = tl.dot(right_s, tl.trans(query_s), input_precision=PRECISION_S) * scale_s
+            t = tl.dot(tile_t, tl.trans(query_t), input_precision=PRECISION_T) * scale_t
+            if KL and not EVEN:
+                s += hidden[:, None]
+                t += hidden[:, None]
+            if SEGMENTS or WINDOW:
+                others = load_segments(segments + b * L, rows, L, SEGMENTS)
+                allowed = may_attend(
+                    rows[None, :], columns[:, None], others[None, :], column_segments[:, None], window, SEGMENTS, WINDOW
+                )
+                s = tl.where(allowed, s, FILL if KL else 0.0)
+                t = tl.where(allowed, t, FILL if KL else 0.0)
+            if KL:
+                row_s = tl.load(lse_s + of_head + rows, mask=rows < L, other=0.0) - KL_SHIFT
+                row_t = tl.load(lse_t + of_head + rows, mask=rows < L, other=0.0) - KL_SHIFT
+                change = tl.exp2(s - row_s[None, :]) - tl.exp2(t - row_t[None, :])
+            else:
+                change = tl.clamp(s - t, -HALF_MAX, HALF_MAX)
+            total = tl.dot(change.to(query_s.dtype), query_s, total, input_precision=PRECISION_S)
+    total *= tl.load(upstream) * factor
+    total = tl.where(seen[:, None], total, 0.0)
+    widths = tl.arange(0, BLOCK_S)
+    pointers = gradient + b * g_b + h * g_h + columns[:, None] * g_l + widths[None, :]
+    tl.store(pointers, total.to(gradient.dtype.element_ty), mask=inside[:, None] & (widths[None, :] < WIDTH_S))
