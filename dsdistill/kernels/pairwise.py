@@ -12,13 +12,21 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from dsdistill.kernels import tiles
 
 LOG2E = 1.4426950408889634
 Measure = Literal["kl", "mse"]
+
+
+class Factors(NamedTuple):
+    """What is multiplied, each (B, H, L, D)."""
+
+    left: Tensor
+    right: Tensor
+    teacher_left: Tensor
+    teacher_right: Tensor
 
 
 class Tile(NamedTuple):
@@ -64,7 +72,7 @@ def pairwise_sum(
         Scalar in float32.
     """
     own = right is left and teacher_right is teacher_left and queries is keys
-    masks = [None if mask is None else mask.to(torch.uint8) for mask in (queries, keys)]
+    masks = [None if mask is None else mask.to(torch.uint8).contiguous() for mask in (queries, keys)]
     total, _ = _forward(
         measure,
         left,
@@ -73,7 +81,7 @@ def pairwise_sum(
         teacher_right.detach(),
         masks[0],
         masks[1],
-        None if segments is None else segments.to(torch.int32),
+        None if segments is None else segments.to(torch.int32).contiguous(),
         window,
         student_scaling,
         teacher_scaling,
@@ -97,19 +105,24 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The sum, and for KL both models' log-sum-exps in base 2, (2, B, H, L)."""
     B, H, L, _ = left.shape
-    factors = _rows_of(left, left if right is None else right, teacher_left, teacher_right)
+    factors = Factors(*map(_rows, (left, left if right is None else right, teacher_left, teacher_right)))
     tile = tile_for("forward", measure, factors)
-    sums = left.new_empty(B * H * triton.cdiv(L, tile.M), dtype=torch.float32)
+    sums = left.new_empty(B * H * -(-L // tile.M), dtype=torch.float32)
     lse = left.new_empty((2, B, H, L) if measure == "kl" else (2, 0), dtype=torch.float32)
     unit = LOG2E if measure == "kl" else 1.0
     with torch.cuda.device_of(left):
         tiles.forward[(sums.numel(),)](
-            *factors,
-            *_places(left, queries, keys, segments),
+            factors.left,
+            factors.right,
+            factors.teacher_left,
+            factors.teacher_right,
+            left if queries is None else queries,
+            left if keys is None else keys,
+            left if segments is None else segments,
             sums,
             lse[0],
             lse[1],
-            *(stride for factor in factors for stride in factor.stride()[:3]),
+            tuple(factor.stride()[:3] for factor in factors),
             student_scaling * unit,
             teacher_scaling * unit,
             H,
@@ -121,7 +134,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(measure, left, right, teacher_left, teacher_right, queries, keys, segments, window, *scalings):  # noqa: ANN202
+def _(measure, left, right, teacher_left, teacher_right, queries, keys, segments, window, *scalings):
     B, H, L, _ = left.shape
     lse = left.new_empty((2, B, H, L) if measure == "kl" else (2, 0), dtype=torch.float32)
     return left.new_empty((), dtype=torch.float32), lse
@@ -146,48 +159,45 @@ def _backward(
     """Gradients of left and right; of left alone, and nothing, where right is None."""
     B, H, L, _ = left.shape
     own = right is None
-    factors = _rows_of(left, left if right is None else right, teacher_left, teacher_right)
+    factors = Factors(*map(_rows, (left, left if right is None else right, teacher_left, teacher_right)))
     if measure == "kl":
         units, factor = LOG2E, student_scaling * 2.0**-tiles.KL_SHIFT.value
     else:
         units, factor = tiles.MSE_FACTOR.value, student_scaling * 2.0 / tiles.MSE_FACTOR.value
-    common = (
-        *factors,
-        *_places(left, queries, keys, segments),
-        lse[0],
-        lse[1],
-        upstream,
-    )
-    strides = tuple(stride for tensor in factors for stride in tensor.stride()[:3])
-    scalars = (student_scaling * units, teacher_scaling * units, factor, H, L, 0 if window is None else window)
-    to_left = _gradient_like(left)
-    to_right = left.new_empty(0) if right is None else _gradient_like(right)
+    gradients = [_gradient_like(left)] if own else [_gradient_like(left), _gradient_like(factors.right)]
     with torch.cuda.device_of(left):
-        tile = tile_for("left", measure, factors)
-        tiles.left_gradient[(B * H * triton.cdiv(L, tile.M),)](
-            *common,
-            to_left,
-            *strides,
-            *to_left.stride()[:3],
-            *scalars,
-            BOTH=own,
-            **_options(measure, factors, queries, segments, window, tile),
-        )
-        if not own:
-            tile = tile_for("right", measure, factors)
-            tiles.right_gradient[(B * to_right.shape[1] * triton.cdiv(L, tile.N),)](
-                *common,
-                to_right,
-                *strides,
-                *to_right.stride()[:3],
-                *scalars,
+        for program, gradient in zip((tiles.left_gradient, tiles.right_gradient), gradients, strict=False):
+            of_left = program is tiles.left_gradient
+            tile = tile_for("left" if of_left else "right", measure, factors)
+            size = tile.M if of_left else tile.N
+            program[(B * gradient.shape[1] * -(-L // size),)](
+                factors.left,
+                factors.right,
+                factors.teacher_left,
+                factors.teacher_right,
+                left if queries is None else queries,
+                left if keys is None else keys,
+                left if segments is None else segments,
+                lse[0],
+                lse[1],
+                upstream,
+                gradient,
+                tuple(factor.stride()[:3] for factor in factors),
+                gradient.stride()[:3],
+                student_scaling * units,
+                teacher_scaling * units,
+                factor,
+                H,
+                L,
+                0 if window is None else window,
+                BOTH=own,  # type: ignore[arg-type] (Triton makes a constexpr of it)
                 **_options(measure, factors, queries, segments, window, tile),
             )
-    return to_left, to_right
+    return gradients[0], left.new_empty(0) if own else gradients[1]
 
 
 @_backward.register_fake
-def _(upstream, measure, left, right, *rest):  # noqa: ANN202
+def _(upstream, measure, left, right, *rest):
     return _gradient_like(left), left.new_empty(0) if right is None else _gradient_like(right)
 
 
@@ -214,19 +224,14 @@ def _gradient_like(factor: Tensor) -> Tensor:
     return factor.new_empty(B, L, H, D).transpose(1, 2)
 
 
-def _rows_of(*factors: Tensor) -> tuple[Tensor, ...]:
-    """Factors whose widths lie side by side in memory."""
-    return tuple(factor if factor.stride(-1) == 1 else factor.contiguous() for factor in factors)
-
-
-def _places(left: Tensor, queries: Tensor | None, keys: Tensor | None, segments: Tensor | None) -> tuple[Tensor, ...]:
-    """Pointers to masks and documents; to anything where there are none, as nobody follows those."""
-    return tuple(left if place is None else place.contiguous() for place in (queries, keys, segments))
+def _rows(factor: Tensor) -> Tensor:
+    """A factor whose widths lie side by side in memory."""
+    return factor if factor.stride(-1) == 1 else factor.contiguous()
 
 
 def _options(
     measure: str,
-    factors: tuple[Tensor, ...],
+    factors: Factors,
     queries: Tensor | None,
     segments: Tensor | None,
     window: int | None,
@@ -234,7 +239,7 @@ def _options(
 ) -> dict[str, Any]:
     """Compile-time arguments of a program."""
     left, right, teacher_left, teacher_right = factors
-    H, L, width = left.shape[1:]
+    _, H, L, width = left.shape
     masked = queries is not None
     return {
         "KL": measure == "kl",
@@ -254,18 +259,18 @@ def _options(
     }
 
 
-def block_of(width: int) -> int:
-    """The power of two, at least 16, that holds a head's width."""
-    return max(16, triton.next_power_of_2(width))
+def block_of(size: int) -> int:
+    """The power of two, at least 16, that holds so many."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
-def tile_for(kernel: Literal["forward", "left", "right"], measure: str, factors: tuple[Tensor, ...]) -> Tile:
+def tile_for(kernel: Literal["forward", "left", "right"], measure: str, factors: Factors) -> Tile:
     """The tile that was fastest where it was measured (`benchmarks/speed_notes.md`), smaller for short rows."""
     left, _, teacher_left, _ = factors
     if left.dtype == torch.float32 or teacher_left.dtype == torch.float32:
         return Tile(32, 32, 4, 2)
     tile = TILES[kernel, measure, max(block_of(left.shape[3]), block_of(teacher_left.shape[3]))]
-    longest = max(16, triton.next_power_of_2(left.shape[2]))
+    longest = block_of(left.shape[2])
     return tile._replace(M=min(tile.M, longest), N=min(tile.N, longest))
 
 

@@ -1,8 +1,8 @@
 """Triton programs that compare two models' pairwise scores tile by tile; no scores ever reach device memory.
 
 A score is `scaling * left_i . right_j` of one head; left and right are queries and keys, or twice the same tensor.
-`forward` sums KL or squared differences over rows of scores, `left_gradient` and `right_gradient` rebuild the scores and
-sum over keys or over queries. Every output is written by one program in one order: results are deterministic.
+`forward` sums KL or squared differences over rows of scores, `left_gradient` and `right_gradient` rebuild the scores
+and sum over keys or over queries. Every output is written by one program in one order: results are deterministic.
 
 Shapes: B rows, H heads, L length, D width per head; tiles are M queries by N keys. S is the student, T the teacher.
 Scores live in base 2 (log2 e is part of the scale), so that a probability is one `exp2`.
@@ -15,7 +15,7 @@ FILL = tl.constexpr(-1e30)
 """Stands in for minus infinity: finite, so that no difference of two of them is NaN."""
 LN2 = tl.constexpr(0.6931471805599453)
 KL_SHIFT = tl.constexpr(14.0)
-"""Differences of probabilities times 2^14: far from fp16's smallest numbers, and two of them still below its largest."""
+"""Differences of probabilities times 2^14: far from fp16's smallest numbers, and two of them below its largest."""
 MSE_FACTOR = tl.constexpr(0.125)
 """Differences of scores times 1/8: fp16 holds them from 5e-4 at full precision up to 5e5."""
 HALF_MAX = tl.constexpr(65504.0)
@@ -74,18 +74,7 @@ def forward(
     sums,
     lse_s,
     lse_t,
-    ls_b,
-    ls_h,
-    ls_l,
-    rs_b,
-    rs_h,
-    rs_l,
-    lt_b,
-    lt_h,
-    lt_l,
-    rt_b,
-    rt_h,
-    rt_l,
+    strides,
     scale_s,
     scale_t,
     H,
@@ -112,16 +101,17 @@ def forward(
     KL of row i is sum_j p_ij (t_ij - s_ij) + lse_s_i - lse_t_i, with running maxima and sums of both softmaxes; the two
     log-sum-exps (base 2) are what the gradients need.
     """
+    ls, rs, lt, rt = strides
     blocks = tl.cdiv(L, M)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks) * M
     b, h = head // H, head % H
     rows = start + tl.arange(0, M)
     real = real_rows(queries + b * L, rows, L, MASKED)
-    left_s = load_rows(left_s + b * ls_b + h * ls_h, rows, real, ls_l, WIDTH_S, BLOCK_S, EVEN)
-    left_t = load_rows(left_t + b * lt_b + h * lt_h, rows, real, lt_l, WIDTH_T, BLOCK_T, EVEN)
-    right_s += b * rs_b + (h // GROUP_S) * rs_h
-    right_t += b * rt_b + (h // GROUP_T) * rt_h
+    left_s = load_rows(left_s + b * ls[0] + h * ls[1], rows, real, ls[2], WIDTH_S, BLOCK_S, EVEN)
+    left_t = load_rows(left_t + b * lt[0] + h * lt[1], rows, real, lt[2], WIDTH_T, BLOCK_T, EVEN)
+    right_s += b * rs[0] + (h // GROUP_S) * rs[1]
+    right_t += b * rt[0] + (h // GROUP_T) * rt[1]
     row_segments = load_segments(segments + b * L, rows, L, SEGMENTS)
     top_s = tl.full((M,), FILL, tl.float32)
     top_t = tl.full((M,), FILL, tl.float32)
@@ -135,8 +125,8 @@ def forward(
     for j in tl.range(first, last, N):
         columns = j + tl.arange(0, N)
         seen = real_rows(keys + b * L, columns, L, MASKED)
-        tile_s = load_rows(right_s, columns, seen, rs_l, WIDTH_S, BLOCK_S, EVEN)
-        tile_t = load_rows(right_t, columns, seen, rt_l, WIDTH_T, BLOCK_T, EVEN)
+        tile_s = load_rows(right_s, columns, seen, rs[2], WIDTH_S, BLOCK_S, EVEN)
+        tile_t = load_rows(right_t, columns, seen, rt[2], WIDTH_T, BLOCK_T, EVEN)
         s = tl.dot(left_s, tl.trans(tile_s), input_precision=PRECISION_S) * scale_s
         t = tl.dot(left_t, tl.trans(tile_t), input_precision=PRECISION_T) * scale_t
         if KL and not EVEN:
@@ -186,21 +176,8 @@ def left_gradient(
     lse_t,
     upstream,
     gradient,
-    ls_b,
-    ls_h,
-    ls_l,
-    rs_b,
-    rs_h,
-    rs_l,
-    lt_b,
-    lt_h,
-    lt_l,
-    rt_b,
-    rt_h,
-    rt_l,
-    g_b,
-    g_h,
-    g_l,
+    strides,
+    gradient_strides,
     scale_s,
     scale_t,
     factor,
@@ -228,6 +205,7 @@ def left_gradient(
 
     With BOTH, left and right are one tensor: scores are symmetric, and sum_j (dS_ij + dS_ji) x_j is its whole gradient.
     """
+    ls, rs, lt, rt = strides
     blocks = tl.cdiv(L, M)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks) * M
@@ -235,10 +213,10 @@ def left_gradient(
     rows = start + tl.arange(0, M)
     inside = rows < L
     real = real_rows(queries + b * L, rows, L, MASKED)
-    left_s = load_rows(left_s + b * ls_b + h * ls_h, rows, real, ls_l, WIDTH_S, BLOCK_S, EVEN)
-    left_t = load_rows(left_t + b * lt_b + h * lt_h, rows, real, lt_l, WIDTH_T, BLOCK_T, EVEN)
-    right_s += b * rs_b + (h // GROUP_S) * rs_h
-    right_t += b * rt_b + (h // GROUP_T) * rt_h
+    left_s = load_rows(left_s + b * ls[0] + h * ls[1], rows, real, ls[2], WIDTH_S, BLOCK_S, EVEN)
+    left_t = load_rows(left_t + b * lt[0] + h * lt[1], rows, real, lt[2], WIDTH_T, BLOCK_T, EVEN)
+    right_s += b * rs[0] + (h // GROUP_S) * rs[1]
+    right_t += b * rt[0] + (h // GROUP_T) * rt[1]
     row_segments = load_segments(segments + b * L, rows, L, SEGMENTS)
     lse_s += head * L
     lse_t += head * L
@@ -253,8 +231,8 @@ def left_gradient(
     for j in tl.range(first, last, N):
         columns = j + tl.arange(0, N)
         seen = real_rows(keys + b * L, columns, L, MASKED)
-        tile_s = load_rows(right_s, columns, seen, rs_l, WIDTH_S, BLOCK_S, EVEN)
-        tile_t = load_rows(right_t, columns, seen, rt_l, WIDTH_T, BLOCK_T, EVEN)
+        tile_s = load_rows(right_s, columns, seen, rs[2], WIDTH_S, BLOCK_S, EVEN)
+        tile_t = load_rows(right_t, columns, seen, rt[2], WIDTH_T, BLOCK_T, EVEN)
         s = tl.dot(left_s, tl.trans(tile_s), input_precision=PRECISION_S) * scale_s
         t = tl.dot(left_t, tl.trans(tile_t), input_precision=PRECISION_T) * scale_t
         if KL and not EVEN:
@@ -280,7 +258,13 @@ def left_gradient(
     total *= tl.load(upstream) * factor
     total = tl.where(real[:, None], total, 0.0)
     columns = tl.arange(0, BLOCK_S)
-    pointers = gradient + b * g_b + h * g_h + rows[:, None] * g_l + columns[None, :]
+    pointers = (
+        gradient
+        + b * gradient_strides[0]
+        + h * gradient_strides[1]
+        + rows[:, None] * gradient_strides[2]
+        + columns[None, :]
+    )
     tl.store(pointers, total.to(gradient.dtype.element_ty), mask=inside[:, None] & (columns[None, :] < WIDTH_S))
 
 
@@ -297,21 +281,8 @@ def right_gradient(
     lse_t,
     upstream,
     gradient,
-    ls_b,
-    ls_h,
-    ls_l,
-    rs_b,
-    rs_h,
-    rs_l,
-    lt_b,
-    lt_h,
-    lt_l,
-    rt_b,
-    rt_h,
-    rt_l,
-    g_b,
-    g_h,
-    g_l,
+    strides,
+    gradient_strides,
     scale_s,
     scale_t,
     factor,
@@ -319,6 +290,7 @@ def right_gradient(
     L,
     window,
     KL: tl.constexpr,
+    BOTH: tl.constexpr,
     GROUP_S: tl.constexpr,
     GROUP_T: tl.constexpr,
     WIDTH_S: tl.constexpr,
@@ -335,6 +307,7 @@ def right_gradient(
     N: tl.constexpr,
 ):
     """Gradient of N rows of `right_s` for one of its heads: sum_i dS_ij left_i, over the queries of its group."""
+    ls, rs, lt, rt = strides
     blocks = tl.cdiv(L, N)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks) * N
@@ -342,7 +315,7 @@ def right_gradient(
     columns = start + tl.arange(0, N)
     inside = columns < L
     seen = real_rows(keys + b * L, columns, L, MASKED)
-    right_s = load_rows(right_s + b * rs_b + h * rs_h, columns, seen, rs_l, WIDTH_S, BLOCK_S, EVEN)
+    right_s = load_rows(right_s + b * rs[0] + h * rs[1], columns, seen, rs[2], WIDTH_S, BLOCK_S, EVEN)
     column_segments = load_segments(segments + b * L, columns, L, SEGMENTS)
     hidden = tl.where(seen, 0.0, FILL)
     total = tl.zeros((N, BLOCK_S), tl.float32)
@@ -353,14 +326,14 @@ def right_gradient(
     for member in tl.range(GROUP_S):
         q = h * GROUP_S + member
         of_head = (b * H + q) * L
-        head_s = left_s + b * ls_b + q * ls_h
-        head_t = left_t + b * lt_b + q * lt_h
-        tile_t = load_rows(right_t + b * rt_b + (q // GROUP_T) * rt_h, columns, seen, rt_l, WIDTH_T, BLOCK_T, EVEN)
+        head_s = left_s + b * ls[0] + q * ls[1]
+        head_t = left_t + b * lt[0] + q * lt[1]
+        tile_t = load_rows(right_t + b * rt[0] + (q // GROUP_T) * rt[1], columns, seen, rt[2], WIDTH_T, BLOCK_T, EVEN)
         for i in tl.range(first, last, M):
             rows = i + tl.arange(0, M)
             real = real_rows(queries + b * L, rows, L, MASKED)
-            query_s = load_rows(head_s, rows, real, ls_l, WIDTH_S, BLOCK_S, EVEN)
-            query_t = load_rows(head_t, rows, real, lt_l, WIDTH_T, BLOCK_T, EVEN)
+            query_s = load_rows(head_s, rows, real, ls[2], WIDTH_S, BLOCK_S, EVEN)
+            query_t = load_rows(head_t, rows, real, lt[2], WIDTH_T, BLOCK_T, EVEN)
             s = tl.dot(right_s, tl.trans(query_s), input_precision=PRECISION_S) * scale_s
             t = tl.dot(tile_t, tl.trans(query_t), input_precision=PRECISION_T) * scale_t
             if KL and not EVEN:
@@ -383,5 +356,11 @@ def right_gradient(
     total *= tl.load(upstream) * factor
     total = tl.where(seen[:, None], total, 0.0)
     widths = tl.arange(0, BLOCK_S)
-    pointers = gradient + b * g_b + h * g_h + columns[:, None] * g_l + widths[None, :]
+    pointers = (
+        gradient
+        + b * gradient_strides[0]
+        + h * gradient_strides[1]
+        + columns[:, None] * gradient_strides[2]
+        + widths[None, :]
+    )
     tl.store(pointers, total.to(gradient.dtype.element_ty), mask=inside[:, None] & (widths[None, :] < WIDTH_S))

@@ -65,14 +65,18 @@ def relation_kl(
     check_divides(relation_heads, student.shape[1] * student.shape[3])
     check_divides(relation_heads, teacher.shape[1] * teacher.shape[3])
     real = counted(mask, reduction)
-    factors = []
-    for left, right in ((student, student_other), (teacher, teacher_other)):
-        regrouped = _regroup(left, relation_heads)
-        factors += [regrouped, regrouped if right is None or right is left else _regroup(right, relation_heads)]
-    maps = Maps(*factors, factors[0].shape[-1] ** -0.5, factors[2].shape[-1] ** -0.5)
+    ours = _regroup_both(student, student_other, relation_heads)
+    theirs = _regroup_both(teacher, teacher_other, relation_heads)
+    maps = Maps(*ours, *theirs, ours[0].shape[-1] ** -0.5, theirs[0].shape[-1] ** -0.5)
     limits = Limits(real, real, segments, None, padded and reduction == "mean")
     total = divergence_sum(maps, limits, kernel)
     return total / (real.sum() * relation_heads).clamp(min=1)
+
+
+def _regroup_both(left: Tensor, right: Tensor | None, relation_heads: int) -> tuple[Tensor, Tensor]:
+    """Both factors, regrouped; one object twice where a tensor relates to itself, as the fused kernel likes to know."""
+    regrouped = _regroup(left, relation_heads)
+    return regrouped, regrouped if right is None or right is left else _regroup(right, relation_heads)
 
 
 def _regroup(tensor_BHLD: Tensor, relation_heads: int) -> Tensor:
