@@ -4,7 +4,8 @@ Attention goes through transformers' attention interface: the function registere
 SDPA as usual, so the model runs at full speed and no attention map is built. Layers are counted in the order of
 their calls, which is why one hook serves all families, shared layers included. The recorder is a global that the
 forward sets: `torch.compile(fullgraph=True)` traces that, and a recomputed forward (activation checkpointing) finds
-no recorder and records nothing.
+no recorder and records nothing. When nothing more is wanted the forward is left by an exception, so that neither the
+layers above nor the rest of the last layer run.
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ Wanted = Mapping[Signal, Collection[int]]
 """Layers by signal; logits under layer -1."""
 
 
+class _Enough(Exception):  # noqa: N818 (no error)
+    """Leaves a forward whose remaining results nobody wants."""
+
+
 class _Recorder:
     """What one forward has recorded so far."""
 
-    def __init__(self, wanted: Wanted, targets: Tensor | None, last_layer: int | None):
+    def __init__(self, wanted: Wanted, targets: Tensor | None, last_layer: int | None, end: tuple[str, int] | None):
         self.wanted = {signal: frozenset(layers) for signal, layers in wanted.items()}
         self.targets = targets
         self.last_layer = last_layer
+        self.end = end
         self.attention_calls = 0
         self.layer_calls = 0
         self.signals: dict[Signal, dict[int, Tensor]] = {signal: {} for signal in wanted}
@@ -55,6 +61,8 @@ class _Recorder:
         self.scaling[layer] = query.shape[-1] ** -0.5 if scaling is None else scaling
         if window is not None:
             self.windows[layer] = window
+        if self.end == ("attention", layer):
+            raise _Enough
 
 
 _recorder: _Recorder | None = None
@@ -90,6 +98,8 @@ def _after_layer(_module: nn.Module, _args: tuple, output: Any) -> None:
     if _recorder is not None:
         _recorder.layer_calls += 1
         _recorder.put("hidden", _recorder.layer_calls, output[0] if isinstance(output, tuple) else output)
+        if _recorder.end == ("layer", _recorder.layer_calls):
+            raise _Enough
 
 
 def _after_encoder(_module: nn.Module, _args: tuple, output: Any) -> Any:
@@ -102,6 +112,11 @@ def _after_encoder(_module: nn.Module, _args: tuple, output: Any) -> Any:
         return output
     chosen = output.last_hidden_state.flatten(0, 1).index_select(0, _recorder.targets)
     return type(output)(last_hidden_state=chosen.unsqueeze(0))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has partitioned the weights."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 class Captured(nn.Module):
@@ -127,12 +142,21 @@ class Captured(nn.Module):
         self.takes_token_types = getattr(model.config, "type_vocab_size", 0) > 1
         if any(layer > self.num_layers for layers in self.wanted.values() for layer in layers):
             raise ValueError(f"wanted layers {self.wanted} exceed the model's {self.num_layers}")
+        self.end = self._end()
         target = layer_class(model)
         for module in model.modules():
             if isinstance(module, target):
                 module.register_forward_pre_hook(_before_layer, with_kwargs=True)
                 module.register_forward_hook(_after_layer)
         encoder_of(model).register_forward_hook(_after_encoder)
+
+    def _end(self) -> tuple[str, int] | None:
+        """Where a forward has everything: in the attention of a layer, after a layer, or None for the very end."""
+        attention = max((max(self.wanted[s]) for s in ("query", "key", "value") if s in self.wanted), default=0)
+        hidden = max(self.wanted.get("hidden", (0,)))
+        if "logits" in self.wanted or hidden == self.num_layers or attention == hidden == 0:
+            return None
+        return ("attention", attention) if attention > hidden else ("layer", hidden)
 
     def exempt_from_checkpointing(self) -> None:
         """Run captured layers without activation checkpointing; ZeRO-3 cannot recompute a captured layer."""
@@ -159,15 +183,22 @@ class Captured(nn.Module):
             inputs["attention_mask"] = batch.mask
         if self.takes_token_types and batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
-        recorder = _recorder = _Recorder(self.wanted, batch.targets if wants_logits else None, self.last_layer)
+        # ZeRO-3 releases a module's weights after its forward, which therefore has to end
+        end = None if is_sharded(self.model) else self.end
+        targets = batch.targets if wants_logits else None
+        recorder = _recorder = _Recorder(self.wanted, targets, self.last_layer, end)
+        output: Any = None
         try:
             output = (self.model if wants_logits else encoder_of(self.model))(**inputs)
+        except _Enough:
+            pass
         finally:
             _recorder = None
-        if recorder.attention_calls != self.num_layers:
+        expected = self.num_layers if end is None else end[1]
+        if recorder.attention_calls != expected:
             raise RuntimeError(
                 f"{type(self.model).__name__} made {recorder.attention_calls} calls of the attention interface in "
-                f"{self.num_layers} layers; this family keeps attention code of its own and cannot be captured"
+                f"{expected} layers; this family keeps attention code of its own and cannot be captured"
             )
         if wants_logits:
             logits = output.logits

@@ -137,6 +137,45 @@ def test_capture_survives_compilation_of_the_full_graph(family):
     assert features.windows == expected.windows
 
 
+ENDS = [
+    ({"query": [1, 3], "value": [3], "hidden": [0, 2]}, ("attention", 3)),
+    ({"key": [2], "hidden": [3]}, ("layer", 3)),
+    ({"value": [2], "hidden": [2]}, ("layer", 2)),
+]
+
+
+EVERYTHING = {"query": [1, 2, 3, 4], "key": [1, 2, 3, 4], "value": [1, 2, 3, 4], "hidden": [0, 1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("wanted", "end"), ENDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_that_stops_early_records_the_same(family, wanted, end, compiled):
+    batch = make_batch(True)
+    complete = Captured(build(family, ATTENTION), EVERYTHING)(batch)
+    captured = Captured(build(family, ATTENTION), wanted)
+    assert captured.end == end
+    torch._dynamo.reset()
+    features = (torch.compile(captured, fullgraph=True, backend="aot_eager") if compiled else captured)(batch)
+    for signal, layers in wanted.items():
+        assert list(features.signals[signal]) == layers
+        for layer in layers:
+            torch.testing.assert_close(features.at(signal, layer), complete.at(signal, layer), rtol=1e-5, atol=2e-6)
+
+
+def test_nothing_runs_that_nobody_wants():
+    model = build("bert", ATTENTION)
+    captured = Captured(model, {"query": [1, 3], "hidden": [2]})
+    calls = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    captured(make_batch(True))
+    assert [name for name in calls if name.startswith("encoder.layer.2")] == [
+        f"encoder.layer.2.attention.self.{projection}" for projection in ("query", "key", "value")
+    ]
+    assert not any(name.startswith(("encoder.layer.3", "pooler")) for name in calls)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_that_can_be_captured_are_known_from_their_configs(family):
     check_family(tiny_configs()[family])
