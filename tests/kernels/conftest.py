@@ -8,6 +8,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    triton = pytest.importorskip("triton")
     interpreter = pytest.importorskip("triton.runtime.interpreter")
 
     def _patch_index(tensor, scope, patch=interpreter._patch_lang_tensor) -> None:
@@ -25,6 +26,14 @@ if not torch.cuda.is_available():
         )
         return dot(self, a, b, d, *precision)
 
+    def _interpret_library() -> None:
+        """Triton's own functions, where it was imported before this file could say how."""
+        for module in (interpreter.tl, interpreter.tl.standard, interpreter.tl.core):
+            for name, value in vars(module).items():
+                if isinstance(value, triton.JITFunction):
+                    setattr(module, name, interpreter.InterpretedFunction(value.fn))
+
+    _interpret_library()
     interpreter._patch_lang_tensor = _patch_index
     interpreter.InterpreterBuilder.create_dot = _dot
 
