@@ -106,7 +106,7 @@ def _forward(
     """The sum, and for KL both models' log-sum-exps in base 2, (2, B, H, L)."""
     B, H, L, _ = left.shape
     factors = Factors(*map(_rows, (left, left if right is None else right, teacher_left, teacher_right)))
-    tile = tile_for("forward", measure, factors)
+    tile = tile_for("forward", measure, factors, own=right is None)
     sums = left.new_empty(B * H * -(-L // tile.M), dtype=torch.float32)
     lse = left.new_empty((2, B, H, L) if measure == "kl" else (2, 0), dtype=torch.float32)
     unit = LOG2E if measure == "kl" else 1.0
@@ -168,7 +168,7 @@ def _backward(
     with torch.cuda.device_of(left):
         for program, gradient in zip((tiles.left_gradient, tiles.right_gradient), gradients, strict=False):
             of_left = program is tiles.left_gradient
-            tile = tile_for("left" if of_left else "right", measure, factors)
+            tile = tile_for("left" if of_left else "right", measure, factors, own=own)
             size = tile.M if of_left else tile.N
             program[(B * gradient.shape[1] * -(-L // size),)](
                 factors.left,
@@ -264,19 +264,23 @@ def block_of(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def tile_for(kernel: Literal["forward", "left", "right"], measure: str, factors: Factors) -> Tile:
+Program = Literal["forward", "left", "right"]
+
+
+def tile_for(program: Program, measure: str, factors: Factors, *, own: bool) -> Tile:
     """The tile that was fastest where it was measured (`benchmarks/speed_notes.md`), smaller for short rows."""
     left, _, teacher_left, _ = factors
     if left.dtype == torch.float32 or teacher_left.dtype == torch.float32:
         return Tile(32, 32, 4, 2)
-    tile = TILES[kernel, measure, max(block_of(left.shape[3]), block_of(teacher_left.shape[3]))]
+    tile = TILES[program, measure, max(block_of(left.shape[3]), block_of(teacher_left.shape[3])), own]
     longest = block_of(left.shape[2])
     return tile._replace(M=min(tile.M, longest), N=min(tile.N, longest))
 
 
-TILES = {
-    (kernel, measure, block): Tile(64, 64, 4, 2)
-    for kernel in ("forward", "left", "right")
+TILES: dict[tuple[str, str, int, bool], Tile] = {
+    (program, measure, block, own): Tile(64, 64, 4, 2)
+    for program in ("forward", "left", "right")
     for measure in ("kl", "mse")
     for block in (16, 32, 64, 128)
+    for own in (False, True)
 }
