@@ -79,9 +79,17 @@ def _attention(
 
 
 def _attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """SDPA's mask, without asking the device whether a mask that we were given hides anything."""
+    """SDPA's mask, without asking the device whether a mask that we were given hides anything.
+
+    Where nothing is to be hidden there is none, also under `torch.compile`, which would otherwise be handed a mask of
+    True everywhere and leave flash attention for it.
+    """
     if kwargs.get("attention_mask") is not None:
         kwargs["allow_is_bidirectional_skip"] = False
+    elif kwargs.get("allow_is_bidirectional_skip"):
+        window = kwargs.get("local_size")
+        if window is None or kwargs["kv_length"] < window:
+            return None
     return sdpa_mask(*args, **kwargs)
 
 

@@ -177,6 +177,25 @@ def test_nothing_runs_that_nobody_wants():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_attention_gets_no_mask_where_nothing_is_hidden(family):
+    """With one, SDPA cannot be flash attention."""
+    captured = Captured(build(family, ATTENTION), {"hidden": [4]})
+    masks = []
+
+    def backend(graph: torch.fx.GraphModule, _):
+        for node in graph.graph.nodes:
+            if node.target is torch.nn.functional.scaled_dot_product_attention:
+                masks.append(node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(captured, fullgraph=True, backend=backend)(make_batch(False))
+    windows = 2 if family == "modernbert" else 0
+    assert len(masks) == 4
+    assert sum(mask is not None for mask in masks) == windows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families_that_can_be_captured_are_known_from_their_configs(family):
     check_family(tiny_configs()[family])
 
