@@ -195,7 +195,7 @@ def compile_some(share: list[tuple[Case, str, Tile]]) -> None:
     for case, kernel, tile in share:
         with torch.no_grad():
             tensors = [x[:1] for x in case.tensors()]
-            key = (kernel, case.measure, pairwise.block_of(case.width), case.own)
+            key = (kernel, case.measure, pairwise.block_of(case.width))
             pairwise.TILES[key] = tile
             try:
                 runs(case, tensors)[kernel]()
@@ -221,11 +221,11 @@ def sweep(out: Path) -> None:
     for case, kernel, tile in jobs:
         block = pairwise.block_of(case.width)
         for name in KERNELS:
-            pairwise.TILES[name, case.measure, block, case.own] = usual
+            pairwise.TILES[name, case.measure, block] = usual
         with torch.no_grad():
             try:
                 run = runs(case, case.tensors())
-                pairwise.TILES[kernel, case.measure, block, case.own] = tile
+                pairwise.TILES[kernel, case.measure, block] = tile
                 time = do_bench(run[kernel], warmup=3, rep=12, return_mode="median")
             except Exception as error:
                 print(case, kernel, tile, type(error).__name__, flush=True)

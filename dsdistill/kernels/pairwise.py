@@ -106,7 +106,7 @@ def _forward(
     """The sum, and for KL both models' log-sum-exps in base 2, (2, B, H, L)."""
     B, H, L, _ = left.shape
     factors = Factors(*map(_rows, (left, left if right is None else right, teacher_left, teacher_right)))
-    tile = tile_for("forward", measure, factors, own=right is None)
+    tile = tile_for("forward", measure, factors)
     sums = left.new_empty(B * H * -(-L // tile.M), dtype=torch.float32)
     lse = left.new_empty((2, B, H, L) if measure == "kl" else (2, 0), dtype=torch.float32)
     unit = LOG2E if measure == "kl" else 1.0
@@ -163,12 +163,14 @@ def _backward(
     if measure == "kl":
         units, factor = LOG2E, student_scaling * 2.0**-tiles.KL_SHIFT.value
     else:
-        units, factor = tiles.MSE_FACTOR.value, student_scaling * 2.0 / tiles.MSE_FACTOR.value
+        # of a tensor with itself both factors' gradients are equal
+        units, factor = tiles.MSE_FACTOR.value, student_scaling * (4.0 if own else 2.0) / tiles.MSE_FACTOR.value
+    inverse = torch.exp2(-lse) if own and measure == "kl" else lse
     gradients = [_gradient_like(left)] if own else [_gradient_like(left), _gradient_like(factors.right)]
     with torch.cuda.device_of(left):
         for program, gradient in zip((tiles.left_gradient, tiles.right_gradient), gradients, strict=False):
             of_left = program is tiles.left_gradient
-            tile = tile_for("left" if of_left else "right", measure, factors, own=own)
+            tile = tile_for("left" if of_left else "right", measure, factors)
             size = tile.M if of_left else tile.N
             program[(B * gradient.shape[1] * -(-L // size),)](
                 factors.left,
@@ -180,6 +182,8 @@ def _backward(
                 left if segments is None else segments,
                 lse[0],
                 lse[1],
+                inverse[0],
+                inverse[1],
                 upstream,
                 gradient,
                 tuple(factor.stride()[:3] for factor in factors),
@@ -190,7 +194,7 @@ def _backward(
                 H,
                 L,
                 0 if window is None else window,
-                BOTH=own,  # type: ignore[arg-type] (Triton makes a constexpr of it)
+                BOTH=own and measure == "kl",  # type: ignore[arg-type] (Triton makes a constexpr of it)
                 **_options(measure, factors, queries, segments, window, tile),
             )
     return gradients[0], left.new_empty(0) if own else gradients[1]
@@ -267,20 +271,32 @@ def block_of(size: int) -> int:
 Program = Literal["forward", "left", "right"]
 
 
-def tile_for(program: Program, measure: str, factors: Factors, *, own: bool) -> Tile:
+def tile_for(program: Program, measure: str, factors: Factors) -> Tile:
     """The tile that was fastest where it was measured (`benchmarks/speed_notes.md`), smaller for short rows."""
     left, _, teacher_left, _ = factors
     if left.dtype == torch.float32 or teacher_left.dtype == torch.float32:
         return Tile(32, 32, 4, 2)
-    tile = TILES[program, measure, max(block_of(left.shape[3]), block_of(teacher_left.shape[3])), own]
+    tile = TILES[program, measure, max(block_of(left.shape[3]), block_of(teacher_left.shape[3]))]
     longest = block_of(left.shape[2])
     return tile._replace(M=min(tile.M, longest), N=min(tile.N, longest))
 
 
-TILES: dict[tuple[str, str, int, bool], Tile] = {
-    (program, measure, block, own): Tile(64, 64, 4, 2)
-    for program in ("forward", "left", "right")
-    for measure in ("kl", "mse")
-    for block in (16, 32, 64, 128)
-    for own in (False, True)
+TILES: dict[tuple[str, str, int], Tile] = {
+    ("forward", "kl", 16): Tile(64, 128, 4, 3),
+    ("forward", "kl", 32): Tile(64, 64, 4, 3),
+    ("forward", "kl", 64): Tile(64, 64, 4, 3),
+    ("forward", "kl", 128): Tile(64, 64, 4, 2),
+    ("left", "kl", 16): Tile(64, 64, 4, 3),
+    ("left", "kl", 32): Tile(64, 64, 4, 3),
+    ("left", "kl", 64): Tile(64, 64, 4, 3),
+    ("left", "kl", 128): Tile(64, 64, 4, 2),
+    ("right", "kl", 16): Tile(64, 128, 4, 3),
+    ("right", "kl", 32): Tile(64, 128, 4, 3),
+    ("right", "kl", 64): Tile(64, 64, 4, 3),
+    ("right", "kl", 128): Tile(64, 64, 8, 2),
+    **{("forward", "mse", block): Tile(128, 64, 8, 3) for block in (16, 32, 64)},
+    **{("left", "mse", block): Tile(128, 64, 8, 3) for block in (16, 32, 64)},
+    **{("right", "mse", block): Tile(64, 128, 8, 3) for block in (16, 32, 64)},
+    **{(program, "mse", 128): Tile(64, 64, 8, 2) for program in ("forward", "left", "right")},
 }
+"""By program, measure and the wider of both models' padded heads."""

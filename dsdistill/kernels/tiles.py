@@ -19,6 +19,8 @@ KL_SHIFT = tl.constexpr(14.0)
 MSE_FACTOR = tl.constexpr(0.125)
 """Differences of scores times 1/8: fp16 holds them from 5e-4 at full precision up to 5e5."""
 HALF_MAX = tl.constexpr(65504.0)
+NEAR = tl.constexpr(50.0)
+"""Log-sum-exps (base 2) below which one exponential serves a pair both ways: 2^lse and 2^-lse fit well in float32."""
 
 
 @triton.jit
@@ -164,6 +166,90 @@ def forward(
 
 
 @triton.jit
+def sum_over_keys(
+    left_s,
+    left_t,
+    right_s,
+    right_t,
+    keys,
+    segments,
+    rows,
+    row_segments,
+    row_s,
+    row_t,
+    lse_s,
+    lse_t,
+    inverse_s,
+    inverse_t,
+    strides,
+    scale_s,
+    scale_t,
+    L,
+    window,
+    first,
+    last,
+    KL: tl.constexpr,
+    BOTH: tl.constexpr,
+    NEAR_LSE: tl.constexpr,
+    WIDTH_S: tl.constexpr,
+    WIDTH_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION_S: tl.constexpr,
+    PRECISION_T: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The sum of `left_gradient` over the keys that M queries may see, unscaled; pointers are those of one head."""
+    _, rs, _, rt = strides
+    if NEAR_LSE:
+        power_s = tl.exp2(row_s + KL_SHIFT)
+        power_t = tl.exp2(row_t + KL_SHIFT)
+    total = tl.zeros((M, BLOCK_S), tl.float32)
+    for j in tl.range(first, last, N, num_stages=STAGES):
+        columns = j + tl.arange(0, N)
+        seen = real_rows(keys, columns, L, MASKED)
+        tile_s = load_rows(right_s, columns, seen, rs[2], WIDTH_S, BLOCK_S, EVEN)
+        tile_t = load_rows(right_t, columns, seen, rt[2], WIDTH_T, BLOCK_T, EVEN)
+        s = tl.dot(left_s, tl.trans(tile_s), input_precision=PRECISION_S) * scale_s
+        t = tl.dot(left_t, tl.trans(tile_t), input_precision=PRECISION_T) * scale_t
+        if KL and not EVEN:
+            hidden = tl.where(seen, 0.0, FILL)
+            s += hidden[None, :]
+            t += hidden[None, :]
+        if SEGMENTS or WINDOW:
+            others = load_segments(segments, columns, L, SEGMENTS)
+            allowed = may_attend(
+                rows[:, None], columns[None, :], row_segments[:, None], others[None, :], window, SEGMENTS, WINDOW
+            )
+            s = tl.where(allowed, s, FILL if KL else 0.0)
+            t = tl.where(allowed, t, FILL if KL else 0.0)
+        if KL:
+            own_s = tl.exp2(s - row_s[:, None])
+            own_t = tl.exp2(t - row_t[:, None])
+            if BOTH:
+                exists = columns < L
+                if NEAR_LSE:
+                    own_s *= 1.0 + power_s[:, None] * tl.load(inverse_s + columns, mask=exists, other=0.0)[None, :]
+                    own_t *= 1.0 + power_t[:, None] * tl.load(inverse_t + columns, mask=exists, other=0.0)[None, :]
+                else:
+                    column_s = tl.load(lse_s + columns, mask=exists, other=0.0) - KL_SHIFT
+                    column_t = tl.load(lse_t + columns, mask=exists, other=0.0) - KL_SHIFT
+                    own_s += tl.exp2(s - column_s[None, :])
+                    own_t += tl.exp2(t - column_t[None, :])
+            change = own_s - own_t
+        else:
+            change = tl.clamp(s - t, -HALF_MAX, HALF_MAX)
+        total = tl.dot(change.to(tile_s.dtype), tile_s, total, input_precision=PRECISION_S)
+    return total
+
+
+@triton.jit
 def left_gradient(
     left_s,
     right_s,
@@ -174,6 +260,8 @@ def left_gradient(
     segments,
     lse_s,
     lse_t,
+    inverse_s,
+    inverse_t,
     upstream,
     gradient,
     strides,
@@ -204,6 +292,8 @@ def left_gradient(
     """Gradient of M rows of `left_s` for one head: sum_j dS_ij right_j, dS = (softmax(s) - softmax(t)) or 2 (s - t).
 
     With BOTH, left and right are one tensor: scores are symmetric, and sum_j (dS_ij + dS_ji) x_j is its whole gradient.
+    There softmax_ji is softmax_ij 2^lse_i 2^-lse_j, and the last factor is what the `inverse`s hold: exponentials, not
+    products, bound narrow heads. Where a log-sum-exp is too large for that both are computed.
     """
     ls, rs, lt, rt = strides
     blocks = tl.cdiv(L, M)
@@ -220,41 +310,46 @@ def left_gradient(
     row_segments = load_segments(segments + b * L, rows, L, SEGMENTS)
     lse_s += head * L
     lse_t += head * L
+    row_s = tl.zeros((M,), tl.float32)
+    row_t = tl.zeros((M,), tl.float32)
     if KL:
         row_s = tl.load(lse_s + rows, mask=inside, other=0.0) - KL_SHIFT
         row_t = tl.load(lse_t + rows, mask=inside, other=0.0) - KL_SHIFT
-    total = tl.zeros((M, BLOCK_S), tl.float32)
+    near = False
+    if BOTH:
+        inverse_s += head * L
+        inverse_t += head * L
+        largest = tl.zeros((N,), tl.float32)
+        for j in tl.range(0, L, N):
+            columns = j + tl.arange(0, N)
+            largest = tl.maximum(largest, tl.abs(tl.load(lse_s + columns, mask=columns < L, other=0.0)))
+            largest = tl.maximum(largest, tl.abs(tl.load(lse_t + columns, mask=columns < L, other=0.0)))
+        near = tl.max(largest, 0) < NEAR
     first, last = 0, L
     if WINDOW:
         first = tl.maximum(0, start - window) // N * N
         last = tl.minimum(L, start + M + window)
-    for j in tl.range(first, last, N):
-        columns = j + tl.arange(0, N)
-        seen = real_rows(keys + b * L, columns, L, MASKED)
-        tile_s = load_rows(right_s, columns, seen, rs[2], WIDTH_S, BLOCK_S, EVEN)
-        tile_t = load_rows(right_t, columns, seen, rt[2], WIDTH_T, BLOCK_T, EVEN)
-        s = tl.dot(left_s, tl.trans(tile_s), input_precision=PRECISION_S) * scale_s
-        t = tl.dot(left_t, tl.trans(tile_t), input_precision=PRECISION_T) * scale_t
-        if KL and not EVEN:
-            hidden = tl.where(seen, 0.0, FILL)
-            s += hidden[None, :]
-            t += hidden[None, :]
-        if SEGMENTS or WINDOW:
-            others = load_segments(segments + b * L, columns, L, SEGMENTS)
-            allowed = may_attend(
-                rows[:, None], columns[None, :], row_segments[:, None], others[None, :], window, SEGMENTS, WINDOW
-            )
-            s = tl.where(allowed, s, FILL if KL else 0.0)
-            t = tl.where(allowed, t, FILL if KL else 0.0)
-        if KL:
-            change = tl.exp2(s - row_s[:, None]) - tl.exp2(t - row_t[:, None])
-            if BOTH:
-                column_s = tl.load(lse_s + columns, mask=columns < L, other=0.0) - KL_SHIFT
-                column_t = tl.load(lse_t + columns, mask=columns < L, other=0.0) - KL_SHIFT
-                change += tl.exp2(s - column_s[None, :]) - tl.exp2(t - column_t[None, :])
-        else:
-            change = tl.clamp(s - t, -HALF_MAX, HALF_MAX)
-        total = tl.dot(change.to(tile_s.dtype), tile_s, total, input_precision=PRECISION_S)
+    if not BOTH:
+        total = sum_over_keys(
+            left_s, left_t, right_s, right_t, keys + b * L, segments + b * L, rows, row_segments, row_s, row_t,
+            lse_s, lse_t, inverse_s, inverse_t, strides, scale_s, scale_t, L, window, first, last,
+            KL, BOTH, False, WIDTH_S, WIDTH_T, BLOCK_S, BLOCK_T, MASKED, EVEN, SEGMENTS, WINDOW,
+            PRECISION_S, PRECISION_T, M, N, None,
+        )  # fmt: skip
+    elif near:
+        total = sum_over_keys(
+            left_s, left_t, right_s, right_t, keys + b * L, segments + b * L, rows, row_segments, row_s, row_t,
+            lse_s, lse_t, inverse_s, inverse_t, strides, scale_s, scale_t, L, window, first, last,
+            KL, BOTH, True, WIDTH_S, WIDTH_T, BLOCK_S, BLOCK_T, MASKED, EVEN, SEGMENTS, WINDOW,
+            PRECISION_S, PRECISION_T, M, N, None,
+        )  # fmt: skip
+    else:  # rare: no shared memory is set aside for it
+        total = sum_over_keys(
+            left_s, left_t, right_s, right_t, keys + b * L, segments + b * L, rows, row_segments, row_s, row_t,
+            lse_s, lse_t, inverse_s, inverse_t, strides, scale_s, scale_t, L, window, first, last,
+            KL, BOTH, False, WIDTH_S, WIDTH_T, BLOCK_S, BLOCK_T, MASKED, EVEN, SEGMENTS, WINDOW,
+            PRECISION_S, PRECISION_T, M, N, 1,
+        )  # fmt: skip
     total *= tl.load(upstream) * factor
     total = tl.where(real[:, None], total, 0.0)
     columns = tl.arange(0, BLOCK_S)
@@ -279,6 +374,8 @@ def right_gradient(
     segments,
     lse_s,
     lse_t,
+    inverse_s,
+    inverse_t,
     upstream,
     gradient,
     strides,
