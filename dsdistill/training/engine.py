@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dsdistill.config.sections import OptimizationSettings
 from dsdistill.training.dist import Place, rendezvous
+from dsdistill.training.gradient_checks import check_gradients_at_once
 from dsdistill.training.signals import StoppedError
 from dsdistill.training.watchdog import LostRankError
 
@@ -110,6 +111,7 @@ def start_engine(
         fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    check_gradients_at_once(engine.optimizer)
     # DeepSpeed would raise a plain Exception at the smallest loss scale; the loop counts skipped steps in a row itself
     if hasattr(getattr(engine.optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # type: ignore[union-attr]
