@@ -183,9 +183,8 @@ def test_compiled_attention_gets_no_mask_where_nothing_is_hidden(family):
     masks = []
 
     def backend(graph: torch.fx.GraphModule, _):
-        for node in graph.graph.nodes:
-            if node.target is torch.nn.functional.scaled_dot_product_attention:
-                masks.append(node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None))
+        attention = torch.nn.functional.scaled_dot_product_attention
+        masks.extend(node.kwargs.get("attn_mask") for node in graph.graph.nodes if node.target is attention)
         return graph
 
     torch._dynamo.reset()
