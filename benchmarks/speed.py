@@ -9,10 +9,13 @@ between CUDA events, warm-up excluded; the model FLOPs are those that the object
 from __future__ import annotations
 
 import argparse
+import cProfile
 import dataclasses
 import gc
+import io
 import itertools
 import json
+import pstats
 import statistics
 import subprocess
 import time
@@ -22,10 +25,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from dsdistill.config.recipe import OptimizationSettings
+from dsdistill.config.sections import OptimizationSettings
 from dsdistill.core import Batch, Features, LayerPairs, Losses, Signal
 from dsdistill.models.capture import ATTENTION, Captured
 from dsdistill.models.families import shape_of
@@ -37,6 +41,8 @@ from dsdistill.training.engine import backward, start_engine, start_processes
 
 VOCABULARY = 30522
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+INDUCTOR: dict[str, dict] = {}
+ZERO: dict[str, object] = {}
 VARIANTS = ("hf", "plain", "plain+compile", "fused", "fused+compile")
 OBJECTIVES = ("att_mse", "att_kl", "minilm", "minilmv2", "tinybert")
 PARTS = ("data", "teacher", "student", "objective", "backward", "step")
@@ -172,8 +178,8 @@ def build(cell: Cell, device: torch.device, probe: Batch) -> tuple[nn.Module, Ca
     ).to(device, dtype)
     frozen = freeze_unreached(distiller, probe, resident(probe))
     if cell.variant.endswith("+compile"):
-        for captured in (resident.captured, distiller.student):
-            captured.compile(fullgraph=True, dynamic=False)
+        for name, captured in (("teacher", resident.captured), ("student", distiller.student)):
+            captured.compile(fullgraph=True, dynamic=False, options=INDUCTOR.get(name))
     return distiller, resident, len(frozen)
 
 
@@ -274,14 +280,29 @@ def measure(cell: Cell, steps: int, device: torch.device, peak_flops: float, pro
         "loss_scale": float(getattr(engine.optimizer, "cur_scale", 1.0)),
     }
     if profile is not None:
-        with torch.profiler.profile() as profiler:
-            train_step()
-            torch.cuda.synchronize()
-        profile.write_text(
-            profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
-        )
+        profile.write_text(profile_of(engine, train_step))
     engine.destroy()
     return report
+
+
+def profile_of(engine: DeepSpeedEngine, train_step: Callable[[], None]) -> str:
+    """Where one step's time goes on the GPU, and where the host's goes in the engine's own step."""
+    with torch.profiler.profile() as profiler:
+        train_step()
+        torch.cuda.synchronize()
+    device = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
+    host, step = cProfile.Profile(), engine.step
+
+    def watched() -> None:
+        torch.cuda.synchronize()
+        host.runcall(step)
+
+    engine.step = watched
+    train_step()
+    del engine.step
+    told = io.StringIO()
+    pstats.Stats(host, stream=told).sort_stats("tottime").print_stats(25)
+    return device + told.getvalue()
 
 
 OPTIMIZATION = OptimizationSettings(
@@ -294,6 +315,7 @@ def engine_config(cell: Cell) -> dict:
     config = json.loads((Path(__file__).parent.parent / f"ds_configs/zero{cell.zero}.json").read_text())
     half = {"fp16": config.pop("fp16")} if cell.dtype == "fp16" else {"bf16": {"enabled": True}}
     config.pop("fp16", None)
+    config["zero_optimization"] |= ZERO
     return (
         config
         | half
@@ -391,9 +413,13 @@ def main() -> None:
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps that are timed")
     parser.add_argument("--sdpa", choices=("flash", "cudnn"), help="attention of the models; torch chooses otherwise")
+    parser.add_argument("--inductor", type=json.loads, default={}, help="JSON, compiler options of teacher and student")
+    parser.add_argument("--zero_options", type=json.loads, default={}, help="JSON, beyond those in ds_configs")
     parser.add_argument("--profile", action="store_true", help="write a profile of one step of every cell")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    INDUCTOR.update(arguments.inductor)
+    ZERO.update(arguments.zero_options)
     if arguments.sdpa:
         torch.backends.cuda.enable_flash_sdp(arguments.sdpa == "flash")
         torch.backends.cuda.enable_cudnn_sdp(arguments.sdpa == "cudnn")
