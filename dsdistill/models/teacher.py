@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from dsdistill.core import Batch, Features
 from dsdistill.models.capture import Captured, Wanted
 from dsdistill.models.families import drop_pooler, encoder_of, truncate
+from dsdistill.models.joined import join_projections
 
 
 class ResidentTeacher:
@@ -31,6 +32,7 @@ class ResidentTeacher:
             model = encoder_of(model)
             drop_pooler(model)
             truncate(model, max((layer for layers in wanted.values() for layer in layers), default=1))
+        join_projections(model)
         model.requires_grad_(False)
         self.captured = Captured(model, wanted, full_depth=full_depth).to(device=device, dtype=dtype).eval()
 
