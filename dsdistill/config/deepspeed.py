@@ -45,12 +45,13 @@ MACHINE_KEYS = frozenset(
         "steps_per_print",
         "timers",
         "torch_autocast",
+        "torch_compile",
         "wall_clock_breakdown",
         "zero_allow_untested_optimizer",
         "zero_force_ds_cpu_optimizer",
     }
 )
-"""Top-level keys of DeepSpeed that make sense here."""
+"""Top-level keys of DeepSpeed that make sense here, and our own `torch_compile`: both models' forwards as graphs."""
 
 ELSEWHERE = {
     "optimizer": "the recipe's section `optimization` makes the optimizer",
@@ -127,6 +128,12 @@ def _key_problems(content: Mapping[str, Any]) -> Iterator[str]:
         for name in section:
             if name not in names:
                 yield f"{key}.{name}: unknown key{nearest(name, names)}; DeepSpeed would ignore it silently"
+    compiles = content.get("torch_compile", False)
+    if not isinstance(compiles, bool):
+        yield f"torch_compile: must be true or false, got {compiles!r}"
+    zero = content.get("zero_optimization", {})
+    if compiles and isinstance(zero, dict) and zero.get("stage") == 3:
+        yield "torch_compile: cannot be used with ZeRO 3, which collects weights between modules; use ZeRO 0, 1 or 2"
     fp16, bf16 = (content.get(key, {}) for key in ("fp16", "bf16"))
     if isinstance(fp16, dict) and isinstance(bf16, dict) and fp16.get("enabled") and bf16.get("enabled"):
         yield "fp16 and bf16 are both enabled; choose one"

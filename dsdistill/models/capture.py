@@ -158,6 +158,13 @@ class Captured(nn.Module):
                 module.register_forward_hook(_after_layer)
         encoder_of(model).register_forward_hook(_after_encoder)
 
+    def compile_forward(self) -> None:
+        """Compile the forward, capture included, into one graph; each new shape of a batch costs minutes once.
+
+        Dropout draws as it does without compilation: the compiler's own draws cost more than they save.
+        """
+        self.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
+
     def _end(self) -> tuple[str, int] | None:
         """Where a forward has everything: in the attention of a layer, after a layer, or None for the very end."""
         attention = max((max(self.wanted[s]) for s in ("query", "key", "value") if s in self.wanted), default=0)

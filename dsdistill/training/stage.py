@@ -46,6 +46,10 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
     probe = stage.probe.to(place.device)
     signals = stage.held_out_teacher(probe) if stage.held_out_teacher is not None else NOTHING
     frozen = freeze_unreached(distiller, probe, signals)
+    if stage.engine_config.get("torch_compile"):
+        for captured in (stage.student, getattr(stage.teacher, "captured", None)):
+            if captured is not None:
+                captured.compile_forward()
     watchdog.at("start of the engine")
     engine = start_engine(distiller, stage.pace.optimization, stage.engine_config, place)
     first_step, last_step = 0, stage.pace.optimization.steps

@@ -31,6 +31,8 @@ def test_shipped_jsons_are_filled_for_deepspeed(path):
         ({"zero_optimizaton": {"stage": 2}}, "did you mean 'zero_optimization'"),
         ({"zero_optimization": {"stagee": 2}}, "zero_optimization.stagee: unknown key (did you mean 'stage'?)"),
         ({"zero_optimization": {"stage": 4}}, "must be 0, 1, 2 or 3"),
+        ({"torch_compile": "yes"}, "torch_compile: must be true or false, got 'yes'"),
+        ({"torch_compile": True, "zero_optimization": {"stage": 3}}, "torch_compile: cannot be used with ZeRO 3"),
         ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "offload_optimizer.devise: unknown key"),
         ({"zero_optimization": 2}, "zero_optimization: must be an object"),
         ({"fp16": {"enabled": True, "lossscale": 0}}, "fp16.lossscale: unknown key (did you mean 'loss_scale'?)"),

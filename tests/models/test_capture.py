@@ -194,6 +194,23 @@ def test_compiled_attention_gets_no_mask_where_nothing_is_hidden(family):
     assert sum(mask is not None for mask in masks) == windows
 
 
+def test_a_compiled_student_trains_as_an_eager_one():
+    """Dropout included: the compiled forward draws what the eager one draws."""
+    gradients = []
+    for compiled in (False, True):
+        captured = Captured(build("bert", ATTENTION), {"query": [2], "hidden": [1]}).train()
+        if compiled:
+            torch._dynamo.reset()
+            captured.compile_forward()
+        torch.manual_seed(3)
+        features = captured(make_batch(False))
+        (features.at("query", 2).pow(2).sum() + features.at("hidden", 1).pow(3).sum()).backward()
+        gradients.append({n: p.grad for n, p in captured.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_that_can_be_captured_are_known_from_their_configs(family):
     check_family(tiny_configs()[family])
