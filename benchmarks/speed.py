@@ -41,7 +41,6 @@ from dsdistill.training.engine import backward, start_engine, start_processes
 
 VOCABULARY = 30522
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-INDUCTOR: dict[str, dict] = {}
 ZERO: dict[str, object] = {}
 VARIANTS = ("hf", "plain", "plain+compile", "fused", "fused+compile")
 OBJECTIVES = ("att_mse", "att_kl", "minilm", "minilmv2", "tinybert")
@@ -156,8 +155,9 @@ def build(cell: Cell, device: torch.device, probe: Batch) -> tuple[nn.Module, Ca
     torch.manual_seed(0)
     student_config, teacher_config = cell.configs()
     dtype = DTYPES[cell.dtype]
-    student = BertModel(student_config, add_pooling_layer=False)
-    teacher = BertModel(teacher_config, add_pooling_layer=False)
+    with device:
+        student = BertModel(student_config, add_pooling_layer=False)
+        teacher = BertModel(teacher_config, add_pooling_layer=False)
     if cell.variant == "hf":
         module = Eager(student.train(), cell.objective).to(device)
         asked = Eager(teacher.eval().requires_grad_(False), cell.objective).to(device, dtype)
@@ -178,8 +178,8 @@ def build(cell: Cell, device: torch.device, probe: Batch) -> tuple[nn.Module, Ca
     ).to(device, dtype)
     frozen = freeze_unreached(distiller, probe, resident(probe))
     if cell.variant.endswith("+compile"):
-        for name, captured in (("teacher", resident.captured), ("student", distiller.student)):
-            captured.compile(fullgraph=True, dynamic=False, options=INDUCTOR.get(name))
+        for captured in (resident.captured, distiller.student):
+            captured.compile_forward()
     return distiller, resident, len(frozen)
 
 
@@ -413,12 +413,10 @@ def main() -> None:
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps that are timed")
     parser.add_argument("--sdpa", choices=("flash", "cudnn"), help="attention of the models; torch chooses otherwise")
-    parser.add_argument("--inductor", type=json.loads, default={}, help="JSON, compiler options of teacher and student")
     parser.add_argument("--zero_options", type=json.loads, default={}, help="JSON, beyond those in ds_configs")
     parser.add_argument("--profile", action="store_true", help="write a profile of one step of every cell")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    INDUCTOR.update(arguments.inductor)
     ZERO.update(arguments.zero_options)
     if arguments.sdpa:
         torch.backends.cuda.enable_flash_sdp(arguments.sdpa == "flash")
