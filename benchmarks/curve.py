@@ -62,7 +62,7 @@ def train(objective: str, kernel: str, steps: int) -> list[float]:
 
     freeze_unreached(distiller, rows(0), teacher(rows(0)))
     optimization = OptimizationSettings(
-        steps=steps, global_batch=32, learning_rate=1e-3, warmup_steps=20, gradient_clipping=1.0
+        steps=steps, global_batch=32, learning_rate=1e-3, warmup_steps=min(20, steps // 4), gradient_clipping=1.0
     )
     engine = start_engine(distiller, optimization, engine_config(cell), place)
     losses = []
