@@ -27,9 +27,9 @@ def check_gradients_at_once(optimizer: object) -> None:
 
 def _has_overflow(optimizer: DeepSpeedZeroOptimizer) -> Tensor:
     """Whether a gradient is infinite or NaN, bool (1,)."""
-    gradients = [g for group in optimizer.averaged_gradients.values() for g in group or () if g is not None]
-    largest = torch.stack([norm.float() for norm in norms([g for g in gradients if g.numel()], math.inf)])
-    return largest.isfinite().all().logical_not().reshape(1)
+    found = [g for group in optimizer.averaged_gradients.values() for g in group or () if g is not None and g.numel()]
+    largest = [norm.float() for norm in norms(found, math.inf)] if found else [torch.zeros((), device=optimizer.device)]
+    return torch.stack(largest).isfinite().all().logical_not().reshape(1)
 
 
 def _norm(optimizer: DeepSpeedZeroOptimizer, gradients: Iterable[Tensor], params: Iterable[nn.Parameter]) -> Tensor:
