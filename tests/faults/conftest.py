@@ -1,13 +1,28 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.faults.jobs import LONG, Job
+from tests.faults.warm import Warm
+from tests.task.conftest import glue_directory, task_content  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="session")
-def unbroken(tmp_path_factory):
+def warm(tmp_path_factory) -> Iterator[Warm | None]:
+    """Starts jobs without their imports; None on a GPU, whose driver does not survive a fork."""
+    if torch.cuda.is_available():
+        yield None
+        return
+    process = Warm(tmp_path_factory.mktemp("warm"))
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, warm):
     """Gives, for a recipe and a number of processes, the directory of a run that nothing happened to."""
     made = {}
 
@@ -16,7 +31,9 @@ def unbroken(tmp_path_factory):
         key = (world_size, yaml.safe_dump(content | {"output": None}))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("unbroken") / "run"
-            job = Job(recipe, *LONG, "checkpoint.every_steps=1000", f"output={made[key]}", world_size=world_size)
+            job = Job(
+                recipe, *LONG, "checkpoint.every_steps=1000", f"output={made[key]}", world_size=world_size, warm=warm
+            )
             assert not any(job.codes()), job.tails()
         return made[key]
 

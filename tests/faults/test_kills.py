@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.jobs import LONG, STEPS, Job, assert_same_weights
+from tests.faults.warm import Warm
 
 pytestmark = pytest.mark.multiprocess
 OFTEN = (*LONG, "checkpoint.every_steps=2", "faults.hang_timeout_s=20")
@@ -30,27 +31,29 @@ def kill_at_random(job: Job, draw: random.Random, checkpoints: Path, while_savin
     job.kill()
 
 
-def survive(recipe: Path, run: Path, draw: random.Random, kills: list[tuple[bool, bool]], stage: int) -> str:
+def survive(
+    recipe: Path, run: Path, draw: random.Random, kills: list[tuple[bool, bool]], stage: int, warm: Warm | None
+) -> str:
     """Kill a run again and again, then let it end; all it said."""
     said = ""
     settings = (*OFTEN, f"output={run}")
     for while_saving, one_rank in kills:
-        job = Job(recipe, *settings, world_size=2, stage=stage)
+        job = Job(recipe, *settings, world_size=2, stage=stage, warm=warm)
         kill_at_random(job, draw, run / "checkpoints", while_saving, one_rank)
         said += job.output(0)
         if (run / "checkpoints" / f"step-{STEPS:08d}").exists():
             break
-    job = Job(recipe, *settings, world_size=2, stage=stage)
+    job = Job(recipe, *settings, world_size=2, stage=stage, warm=warm)
     assert job.codes() == [0, 0], job.tails()
     return said + job.output(0)
 
 
-def test_three_kills_cost_no_step_and_a_run_directory_repeats_its_run(recipe_file, tmp_path, unbroken):
+def test_three_kills_cost_no_step_and_a_run_directory_repeats_its_run(recipe_file, tmp_path, unbroken, warm):
     """The killed run is started from the directory of the unbroken one, which so repeats it."""
     whole = unbroken(recipe_file, 2)
     run = tmp_path / "killed"
     kills = [(True, False), (False, True), (True, True)]
-    said = survive(whole, run, random.Random(time.time_ns()), kills, stage=2)
+    said = survive(whole, run, random.Random(time.time_ns()), kills, 2, warm)
     assert "resumed at step" in said
     assert_same_weights(whole, run, STEPS)
     assert training_losses(whole) == training_losses(run)
@@ -66,16 +69,18 @@ def training_losses(run: Path) -> list[tuple[int, float]]:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_thirty_kills_cost_no_step(recipe_file, tmp_path, stage):
+def test_thirty_kills_cost_no_step(recipe_file, tmp_path, warm, stage):
     """Ten kills per ZeRO stage; the run starts anew whenever it has reached its end."""
     seed = time.time_ns()
     draw = random.Random(seed)
     print(f"seed {seed}")
     whole, run = tmp_path / "whole", tmp_path / "killed"
-    job = Job(recipe_file, *LONG, "checkpoint.every_steps=1000", f"output={whole}", world_size=2, stage=stage)
+    job = Job(
+        recipe_file, *LONG, "checkpoint.every_steps=1000", f"output={whole}", world_size=2, stage=stage, warm=warm
+    )
     assert job.codes() == [0, 0], job.tails()
     for _ in range(5):
         shutil.rmtree(run, ignore_errors=True)
         kills = [(draw.random() < 0.5, draw.random() < 0.5) for _ in range(2)]
-        survive(recipe_file, run, draw, kills, stage)
+        survive(recipe_file, run, draw, kills, stage, warm)
         assert_same_weights(whole, run, STEPS)
