@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,11 +34,11 @@ from dsdistill.task_teacher import (
     teachers_of,
 )
 from dsdistill.tasks.metrics import scores
-from dsdistill.tasks.rows import evaluation_batches, in_row_order, train_batches
+from dsdistill.tasks.rows import Rows, evaluation_batches, in_row_order, train_batches
 from dsdistill.tasks.task import Task, open_task, task_spec
 from dsdistill.training import run_directory, signals
 from dsdistill.training.checkpoint import STUDENT, checkpoint_name
-from dsdistill.training.dist import Place, find_place, wait_for_all
+from dsdistill.training.dist import Place, find_place
 from dsdistill.training.engine import processes
 from dsdistill.training.loop import Stage, answers
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
@@ -122,7 +122,7 @@ def num_training_rows(recipe: TaskRecipe, task: Task) -> int:
 
 def distil(run: TaskRun, resume: Literal["auto", "never"]) -> None:
     """Train all stages from the start or from where they stopped, export and score; nothing if that is done."""
-    recipe, place = run.recipe, run.place
+    recipe = run.recipe
     data = run.task.train.fingerprint()
     if resume == "auto" and is_finished(recipe, data):
         return
@@ -143,19 +143,15 @@ def distil(run: TaskRun, resume: Literal["auto", "never"]) -> None:
         random_head=recipe.student.head == "random",
     )
     del teacher
-    if place.is_first:
-        save_skeleton(student, run.tokenizer, recipe.output / SKELETON)
-    wait_for_all(place)
+    skeleton = recipe.output / SKELETON
+    run.watchdog.first_alone("skeleton", lambda: save_skeleton(student, run.tokenizer, skeleton))
     for index, stage in enumerate(run.plan.stages):
         done = checkpoints[index]
         if done is None or run_directory.step_of(done) < stage.pace.optimization.steps:
             train_stage(run, index, student, done, kept)
             gc.collect()  # an engine holds itself in cycles, with all its memory
-        student = rebuild(recipe.output / SKELETON, weights_after(run, index))
-    run.watchdog.at("export and scores")
-    if place.is_first:
-        finish_run(run, kept, data)
-    wait_for_all(place)
+        student = rebuild(skeleton, weights_after(run, index))
+    run.watchdog.first_alone("export and scores", lambda: finish_run(run, kept, data))
 
 
 def enter(run: TaskRun, data: str, resume: Literal["auto", "never"]) -> list[Path | None]:
@@ -166,7 +162,13 @@ def enter(run: TaskRun, data: str, resume: Literal["auto", "never"]) -> list[Pat
         run_directory.enter(recipe.output, recipe, config, place, "never", data_sha256=data)
     checkpoints = [
         run_directory.enter(
-            stage_directory(recipe, index), recipe, stage.engine_config, place, "auto", data_sha256=data
+            stage_directory(recipe, index),
+            recipe,
+            stage.engine_config,
+            place,
+            "auto",
+            data_sha256=data,
+            may_start_again=True,
         )
         for index, stage in enumerate(stages)
     ]
@@ -234,8 +236,14 @@ def probe_of(run: TaskRun) -> Batch:
 def score(run: TaskRun, stage: StagePlan, engine: DeepSpeedEngine) -> Mapping[str, float]:
     """Scores of the student in training on every development split; every process must call this."""
     looking, told = run.batching(stage, at_least=EVALUATION_ROWS), {}
+
+    def batches(split: str, rows: Rows) -> Iterator[Batch]:
+        for number, batch in enumerate(evaluation_batches(rows, **looking)):
+            run.watchdog.at(f"scores of {split}, batch {number}")
+            yield batch
+
     for split, rows in run.task.dev.items():
-        ids, outputs = answers(engine, evaluation_batches(rows, **looking), run.place)
+        ids, outputs = answers(engine, batches(split, rows), run.place)
         found = scores(run.task.spec, labels_of(rows), in_row_order(ids, outputs, num_rows=rows.num_rows))
         told |= {f"{split}/{metric}": value for metric, value in found.items()}
     return told

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, model_validator
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from dsdistill.config.recipe import TaskRecipe, read_task_recipe
-from dsdistill.corpus.files import write_text
+from dsdistill.corpus.files import read_json, write_text
 from dsdistill.locate import Source
 from dsdistill.models.capture import Captured
 from dsdistill.models.export import export_student, model_card, rebuild
@@ -25,7 +27,6 @@ from dsdistill.tasks.metrics import majority_baseline, predict, scores
 from dsdistill.tasks.predictions import submission_name, write_predictions, write_submission
 from dsdistill.tasks.rows import Rows, evaluation_batches, in_row_order
 from dsdistill.training.checkpoint import STUDENT, verify, whole_checkpoints
-from dsdistill.training.dist import Place
 from dsdistill.training.run_directory import (
     CHECKPOINTS,
     CIRCUMSTANCES,
@@ -43,12 +44,57 @@ def stage_directory(recipe: TaskRecipe, index: int) -> Path:
     return recipe.output / f"{index + 1}-{recipe.stages[index].name}"
 
 
+class _Size(BaseModel):
+    parameters: int
+
+
+class _Training(BaseModel):
+    steps: int
+    rows: int
+    seconds: float
+
+
+class _SignalCosts(BaseModel):
+    bytes: int
+    seconds: float
+    rows_read: int
+    seconds_without: float
+
+
+class _Results(BaseModel):
+    """What those who read results.json count on; there is more in it."""
+
+    recipe: str
+    data_sha256: str
+    scores: dict[str, dict[str, float]]
+    baseline: dict[str, dict[str, float]]
+    teacher_scores: dict[str, dict[str, float]] | None
+    student: _Size
+    teacher: _Size
+    training: _Training
+    teacher_signals: _SignalCosts | None
+
+    @model_validator(mode="after")
+    def _scores_match(self) -> _Results:
+        for other in filter(None, (self.baseline, self.teacher_scores)):
+            if {k: v.keys() for k, v in other.items()} != {k: v.keys() for k, v in self.scores.items()}:
+                raise ValueError("scores of other splits or metrics than the student's")
+        return self
+
+
 def finished_results(directory: Path) -> dict[str, Any] | None:
-    """What a finished run has written, or None if it is not finished."""
-    try:
-        return json.loads((directory / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    """What a finished run has written, or None if it is not finished; a file that no run writes is told and ignored."""
+    path = directory / RESULTS
+    if not path.exists():
         return None
+    try:
+        told = read_json(path)
+        _Results.model_validate(told)
+    except ValueError as error:
+        problem = " ".join(str(error).split())[:300]
+        print(f"WARNING    {path} is not what a run writes and is not used: {problem}", file=sys.stderr, flush=True)
+        return None
+    return told
 
 
 def is_finished(recipe: TaskRecipe, data_sha256: str) -> bool:
@@ -58,19 +104,21 @@ def is_finished(recipe: TaskRecipe, data_sha256: str) -> bool:
 
 
 @torch.no_grad()
-def outputs_of(model: PreTrainedModel, rows: Rows, place: Place) -> np.ndarray:
+def outputs_of(run: TaskRun, model: PreTrainedModel, rows: Rows) -> np.ndarray:
     """What a classifier says about all rows in float32, (N, C), on this process alone.
 
     Args:
+        run: Names the device, and the watchdog that is told of every batch.
         model: Wired for capture, in eval mode; moved to the device.
         rows: N rows.
-        place: Names the device.
     """
-    captured = Captured(model, {"logits": (-1,)}).to(place.device).eval()
+    device = run.place.device
+    captured = Captured(model, {"logits": (-1,)}).to(device).eval()
     ids, outputs = [], []
-    for batch in evaluation_batches(rows, micro_batch=EVALUATION_ROWS, rank=0, world_size=1):
+    for number, batch in enumerate(evaluation_batches(rows, micro_batch=EVALUATION_ROWS, rank=0, world_size=1)):
+        run.watchdog.at(f"scores, batch {number}")
         ids.append(batch.sample_ids)
-        outputs.append(captured(batch.to(place.device)).logits.float())
+        outputs.append(captured(batch.to(device)).logits.float())
     return in_row_order(torch.cat(ids).numpy(), torch.cat(outputs).cpu().numpy(), num_rows=rows.num_rows)
 
 
@@ -79,7 +127,7 @@ def finish_run(run: TaskRun, signals: Signals | None, data_sha256: str) -> None:
     recipe, task = run.recipe, run.task
     directory = export_task_run(recipe.output)
     student = load_export(recipe)
-    outputs = {split: outputs_of(student, rows, run.place) for split, rows in {**task.dev, **task.test}.items()}
+    outputs = {split: outputs_of(run, student, rows) for split, rows in {**task.dev, **task.test}.items()}
     for split, rows in {**task.dev, **task.test}.items():
         numbers = np.arange(rows.num_rows)
         path = recipe.output / "predictions" / f"{split}.tsv"
@@ -185,7 +233,7 @@ def teacher_scores(run: TaskRun) -> dict[str, dict[str, float]] | None:
         return told["scores"]
     teacher = run.load_teacher()
     return {
-        split: scores(run.task.spec, labels_of(rows), outputs_of(teacher, rows, run.place))
+        split: scores(run.task.spec, labels_of(rows), outputs_of(run, teacher, rows))
         for split, rows in run.task.dev.items()
     }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dsdistill.config.recipe import TaskRecipe, check_task_recipe
 from dsdistill.config.sections import EpochOptimizationSettings
-from dsdistill.core import Signal
+from dsdistill.core import Batch, Signal
 from dsdistill.locate import Source
 from dsdistill.models.capture import Wanted
 from dsdistill.models.loading import (
@@ -38,10 +39,11 @@ from dsdistill.tasks.metrics import predict
 from dsdistill.tasks.rows import Rows, evaluation_batches
 from dsdistill.tasks.task import Task
 from dsdistill.tasks.vectors import model_vectors, read_vectors
-from dsdistill.training.dist import Place, wait_for_all
+from dsdistill.training.dist import Place, Vote, wait_for_all
 from dsdistill.training.engine import half_precision
 from dsdistill.training.loop import Teacher
 from dsdistill.training.signal_cache import SignalCache
+from dsdistill.training.signals import StoppedError, received
 from dsdistill.training.watchdog import Watchdog
 
 EVALUATION_ROWS = 64
@@ -128,7 +130,7 @@ def teacher_recipe(recipe: TaskRecipe) -> TaskRecipe | None:
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     content["output"] = str(recipe.teacher.directory / f"{recipe.task}-{_short_name(recipe.teacher.model)}-{digest}")
-    content |= {"logging": recipe.logging.model_dump(), "faults": recipe.faults.model_dump()}
+    content |= {name: getattr(recipe, name).model_dump() for name in ("logging", "checkpoint", "faults")}
     return check_task_recipe(content, "the teacher's recipe")
 
 
@@ -146,13 +148,31 @@ def _short_name(model: str) -> str:
 
 @contextlib.contextmanager
 def one_job(directory: Path, place: Place, watchdog: Watchdog) -> Iterator[None]:
-    """Let one job at a time work in a directory that several share; the others wait. Every process must enter."""
+    """Let one job at a time work in a directory that several share; the others wait for as long as it takes.
+
+    The kernel gives the lock of a killed job back. Every process must enter.
+
+    Raises:
+        StoppedError: If a signal asked to stop before the other job was done.
+    """
     lock = FileLock(directory.with_name(f"{directory.name}.lock"))
-    watchdog.at(f"waiting for another job that works in {directory}")
-    if place.is_first:
+    doing = f"waiting for another job that works in {directory}"
+
+    def acquire() -> None:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    wait_for_all(place)
+        told = False
+        while True:
+            watchdog.at(doing)
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0.5)
+                return
+            if watchdog.stop_wished():
+                raise StoppedError(f"stopped while {doing}")
+            if not told:
+                print(doing, file=sys.stderr, flush=True)
+            told = True
+
+    watchdog.first_alone(doing, acquire)
     try:
         yield
     finally:
@@ -273,14 +293,29 @@ def fill(
     spread = run.batching(run.plan.stages[0], at_least=EVALUATION_ROWS)
     total = -(-rows.num_rows // (spread["micro_batch"] * run.place.world_size))
     batches = tqdm(
-        evaluation_batches(rows, **spread),
+        until_stopped(evaluation_batches(rows, **spread), run.place, f"teacher signals, {split}"),
         desc=f"teacher signals, {split}",
         total=total,
         unit="batch",
         delay=2,
         disable=None if run.place.is_first else True,
     )
-    cache.fill(teacher, batches, run.place, wait=lambda: wait_for_all(run.place), at=run.watchdog.at)
+    cache.fill(teacher, batches, run.place, first_alone=run.watchdog.first_alone, at=run.watchdog.at)
+
+
+def until_stopped(batches: Iterable[Batch], place: Place, doing: str) -> Iterator[Batch]:
+    """The same batches, equally many on each rank.
+
+    Raises:
+        StoppedError: On all ranks alike, if a signal asked any of them to stop before the last batch.
+    """
+    vote = Vote(place)
+    for number, batch in enumerate(batches):
+        if vote.count():
+            raise StoppedError(f"stopped after {number} batches of {doing}, which are not kept")
+        vote.cast(received() is not None)
+        yield batch
+    vote.count()  # the next who asks will know
 
 
 def teachers_of(run: TaskRun, stage: StagePlan, signals: Signals | None) -> tuple[Teacher | None, Teacher | None]:

@@ -14,7 +14,7 @@ from dsdistill.compare.grid import Grid, Run
 from dsdistill.compare.kinds import RESULTS, find_object, is_done
 from dsdistill.compare.workers import Outcome
 from dsdistill.config.problems import read_mapping
-from dsdistill.corpus.files import write_text
+from dsdistill.corpus.files import read_json, write_text
 from dsdistill.training.run_directory import RECIPE, difference, fingerprint
 
 FILE = "results.jsonl"
@@ -132,7 +132,7 @@ def record(path: Path, grid: Grid, outcome: Outcome) -> Line:
 
 def line_of(cell: Run) -> Line:
     """The line of a finished cell: where it stands in the grid, and all of its results.json."""
-    results = json.loads((cell.directory / RESULTS).read_text(encoding="utf-8"))
+    results = read_json(cell.directory / RESULTS)
     return {**_head(cell), "status": DONE, **results}
 
 

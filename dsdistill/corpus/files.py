@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -79,6 +80,23 @@ def write_arrow(path: Path, batch: pa.RecordBatch) -> None:
 def write_text(path: Path, text: str) -> None:
     """A text file in UTF-8."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that a run has written.
+
+    Raises:
+        ValueError: If it cannot be read or holds something else; names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
 
 
 def sha256_of(path: Path) -> str:

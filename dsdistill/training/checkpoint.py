@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from dsdistill.corpus.files import read_json
 from dsdistill.training.engine import full_weights
 
 MANIFEST = "manifest.json"
@@ -166,9 +167,9 @@ def verify(directory: Path) -> None:
         ValueError: If it is unfinished, or a file is missing, changed, or lies outside; names the file.
     """
     try:
-        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = read_json(directory / MANIFEST)["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {directory} has no readable {MANIFEST}: it was never finished") from error
     for name, (size, checksum) in expected.items():
         path = directory / name
@@ -193,34 +194,40 @@ def whole_checkpoints(directory: Path) -> list[Path]:
     return [path for path in named_checkpoints(directory) if (path / MANIFEST).is_file()]
 
 
-def newest_undamaged(directory: Path) -> Path | None:
+def newest_undamaged(directory: Path, *, may_start_again: bool = False) -> Path | None:
     """The newest checkpoint that passes `verify`; newer ones are told and put aside as `damaged-*`.
 
+    Args:
+        directory: `checkpoints` of the run, or of a stage.
+        may_start_again: Go back to the beginning if all are damaged.
+
     Raises:
-        ValueError: If there are checkpoints, but all are damaged.
+        ValueError: If there are checkpoints, but all are damaged, and starting again was not allowed.
     """
-    found = named_checkpoints(directory)
-    problems = []
-    for checkpoint in reversed(found):
+    problems: dict[Path, str] = {}
+    whole = None
+    for checkpoint in reversed(named_checkpoints(directory)):
         try:
             verify(checkpoint)
         except ValueError as error:
-            problems.append(str(error))
+            problems[checkpoint] = str(error)
             continue
-        for damaged, problem in zip(reversed(found), problems, strict=False):
-            aside = damaged.with_name(f"damaged-{damaged.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            damaged.rename(aside)
-            print(f"WARNING    {problem}; put aside as {aside.name}", file=sys.stderr)
-            print(f"WARNING    going back to {checkpoint.name}, the newest that is whole", file=sys.stderr, flush=True)
-        return checkpoint
-    if problems:
+        whole = checkpoint
+        break
+    if problems and whole is None and not may_start_again:
         raise ValueError(
             f"no checkpoint in {directory} is whole:\n"
-            + "\n".join(f"  {problem}" for problem in problems)
+            + "\n".join(f"  {problem}" for problem in problems.values())
             + "\nput one back from a copy, or start again with --resume never, which moves this run aside"
         )
-    return None
+    back_to = "the beginning: no other is kept" if whole is None else f"{whole.name}, the newest that is whole"
+    for damaged, problem in problems.items():
+        aside = damaged.with_name(f"damaged-{damaged.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        damaged.rename(aside)
+        print(f"WARNING    {problem}; put aside as {aside.name}", file=sys.stderr)
+        print(f"WARNING    going back to {back_to}", file=sys.stderr, flush=True)
+    return whole
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -236,11 +243,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ValueError: If that is not in it.
     """
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = read_json(checkpoint / STATE)
         types = {"step": int, "world_size": int, "zero_stage": int, "micro_batch": int, "recipe": str}
         if all(isinstance(state[key], kind) for key, kind in types.items()):
             return state
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         pass
     raise ValueError(f"checkpoint {checkpoint}: {STATE} is not what a run writes")
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from dsdistill.config.recipe import RunSettings, read_settings
+from dsdistill.corpus.files import read_json
 from dsdistill.training.checkpoint import newest_undamaged, read_state, remove_unfinished, verify
 from dsdistill.training.dist import Place
 from dsdistill.training.engine import zero_stage
@@ -67,6 +68,7 @@ def enter(
     resume: Literal["auto", "never"] | Path,
     *,
     data_sha256: str | None,
+    may_start_again: bool = False,
 ) -> Path | None:
     """Prepare the directory of a run or of a stage, and choose the checkpoint to go on from; every process calls this.
 
@@ -77,6 +79,7 @@ def enter(
         place: This process.
         resume: As the command line has it.
         data_sha256: Checksum of the training data, which must be that of the checkpoint.
+        may_start_again: Start from the beginning if all checkpoints are damaged, which is refused otherwise.
 
     Returns:
         The verified checkpoint, or None to start from the beginning.
@@ -88,7 +91,7 @@ def enter(
     outcome: list[Any] = [None]
     if place.is_first:
         try:
-            outcome = [_enter(directory, recipe, config, place, resume, data_sha256)]
+            outcome = [_enter(directory, recipe, config, place, resume, data_sha256, may_start_again)]
         except (ValueError, OSError) as error:
             outcome = [ValueError(str(error))]
     if place.world_size > 1:
@@ -105,13 +108,14 @@ def _enter(
     place: Place,
     resume: Literal["auto", "never"] | Path,
     data_sha256: str | None,
+    may_start_again: bool,
 ) -> Path | None:
     if resume == "never" and directory.exists() and any(directory.iterdir()):
         aside = directory.with_name(f"{directory.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         directory.rename(aside)
         print(f"note       the earlier run was moved to {aside}", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint = choose_checkpoint(directory, recipe, config, place, resume)
+    checkpoint = choose_checkpoint(directory, recipe, config, place, resume, may_start_again)
     if checkpoint is not None:
         _check_data(directory, data_sha256)
     remove_unfinished(directory / CHECKPOINTS)
@@ -125,18 +129,23 @@ def _enter(
 def _check_data(directory: Path, data_sha256: str | None) -> None:
     """Refuse to go on with other data than was recorded; a run that recorded none is not asked."""
     try:
-        before = json.loads((directory / CIRCUMSTANCES).read_text(encoding="utf-8")).get("data_sha256")
-    except (OSError, ValueError):
+        before = read_json(directory / CIRCUMSTANCES).get("data_sha256")
+    except ValueError:
         return
     if before is not None and before != data_sha256:
         raise ValueError(
-            f"the training data has changed since {directory} was started (checksum {before[:12]}, now "
+            f"the training data has changed since {directory} was started (checksum {str(before)[:12]}, now "
             f"{str(data_sha256)[:12]}); put it back, set another `output`, or use --resume never"
         )
 
 
 def choose_checkpoint(
-    directory: Path, recipe: RunSettings, config: dict[str, Any], place: Place, resume: Literal["auto", "never"] | Path
+    directory: Path,
+    recipe: RunSettings,
+    config: dict[str, Any],
+    place: Place,
+    resume: Literal["auto", "never"] | Path,
+    may_start_again: bool = False,
 ) -> Path | None:
     """The checkpoint that `resume` means, verified; None if there is none to go on from.
 
@@ -145,7 +154,10 @@ def choose_checkpoint(
     """
     if resume == "never":
         return None
-    checkpoint = newest_undamaged(directory / CHECKPOINTS) if resume == "auto" else Path(resume)
+    if resume == "auto":
+        checkpoint = newest_undamaged(directory / CHECKPOINTS, may_start_again=may_start_again)
+    else:
+        checkpoint = Path(resume)
     if checkpoint is None:
         return None
     if resume != "auto":

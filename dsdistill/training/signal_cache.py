@@ -13,20 +13,23 @@ DIRECTORY/
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 from torch import Tensor
 
 from dsdistill.core import Batch, Features, Signal
-from dsdistill.corpus.files import sha256_of, write_text
+from dsdistill.corpus.files import read_json, sha256_of, write_text
 from dsdistill.models.capture import Wanted
 from dsdistill.training.dist import Place
 
@@ -61,10 +64,10 @@ class Array:
 
     signal: Signal
     layer: int
-    dtype: str
-    places: int
-    width: int
-    heads: int
+    dtype: Annotated[str, Field(pattern="^(float16|bfloat16|float32)$")]
+    places: NonNegativeInt
+    width: PositiveInt
+    heads: PositiveInt
     scaling: float | None
     window: int | None
 
@@ -85,6 +88,14 @@ class Array:
         return flat.view(self.places, self.width)
 
 
+_ARRAY = TypeAdapter(Array)
+
+
+def num_places(signal: Signal, lengths: np.ndarray) -> int:
+    """Rows of a signal's file, for rows of data of these lengths."""
+    return len(lengths) if signal == "logits" else int(lengths.sum())
+
+
 def describe(features: Features, lengths: np.ndarray) -> list[Array]:
     """How the signals of all rows will be kept, known from those of one batch."""
     arrays = []
@@ -96,7 +107,7 @@ def describe(features: Features, lengths: np.ndarray) -> list[Array]:
                     signal=signal,
                     layer=layer,
                     dtype=str(tensor.dtype).removeprefix("torch."),
-                    places=len(lengths) if signal == "logits" else int(lengths.sum()),
+                    places=num_places(signal, lengths),
                     width=tensor.shape[-1] * heads,
                     heads=heads,
                     scaling=features.scaling.get(layer),
@@ -125,7 +136,7 @@ class SignalCache:
         self.starts = torch.from_numpy(np.cumsum(self.lengths) - self.lengths)
         found = directory / IDENTITY
         if found.is_file():
-            self._check(json.loads(found.read_text(encoding="utf-8")))
+            self._check(self._read(found))
 
     def _check(self, found: Mapping[str, Any]) -> None:
         different = sorted(key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key))
@@ -134,6 +145,12 @@ class SignalCache:
                 f"the teacher signals in {self.directory} were made with another {', '.join(different)} and are not "
                 "used: delete that directory, or set teacher.directory to another one, or teacher.cache=none"
             )
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            return read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete {self.directory}, the teacher signals will be made again") from error
 
     def missing(self, wanted: Wanted) -> dict[Signal, set[int]]:
         """What of `wanted` is not there yet."""
@@ -150,7 +167,7 @@ class SignalCache:
         batches: Iterable[Batch],
         place: Place,
         *,
-        wait: Callable[[], None],
+        first_alone: Callable[[str, Callable[[], object]], None],
         at: Callable[[str], None],
     ) -> None:
         """Ask the teacher for all rows and write what it says; every process must call this.
@@ -159,7 +176,7 @@ class SignalCache:
             teacher: Gives just the signals that are missing.
             batches: This rank's rows; together the ranks have each row at least once.
             place: This process.
-            wait: For all processes.
+            first_alone: Lets the first process do something when all are there (`Watchdog.first_alone`).
             at: Is told what this process is doing.
 
         Raises:
@@ -168,30 +185,39 @@ class SignalCache:
         began = time.perf_counter()
         arrays: list[Array] = []
         maps: dict[str, Tensor] = {}
-        for number, batch in enumerate(batches):
-            at(f"teacher signals, batch {number}")
-            features = teacher(batch.to(place.device))
-            if not arrays:
-                arrays = describe(features, self.lengths)
-                if place.is_first:
-                    self._make_room(arrays)
-                wait()
-                maps = {array.name: array.map(self._partial(array), writable=True) for array in arrays}
+        try:
+            for number, batch in enumerate(batches):
+                at(f"teacher signals, batch {number}")
+                features = teacher(batch.to(place.device))
+                if not arrays:
+                    arrays = describe(features, self.lengths)
+                    first_alone("room for teacher signals", partial(self._make_room, arrays))
+                    maps = {array.name: array.map(self._partial(array), writable=True) for array in arrays}
+                for array in arrays:
+                    self._put(array, maps[array.name], features, batch)
+            maps.clear()
+            seconds = time.perf_counter() - began
             for array in arrays:
-                self._put(array, maps[array.name], features, batch)
-        maps.clear()
-        wait()
-        if place.is_first:
-            for array in arrays:
-                self._seal(array, time.perf_counter() - began)
-        wait()
+                first_alone(f"checksum of teacher signals {array.name}", partial(self._seal, array, seconds))
+        except BaseException:
+            if place.is_first:
+                self._remove_unfinished()
+            raise
+
+    def _remove_unfinished(self) -> None:
+        for leftover in self.directory.glob("*.partial"):
+            leftover.unlink(missing_ok=True)
 
     def _make_room(self, arrays: list[Array]) -> None:
+        """Reserve the files: a disk that is full is told here, and not by a signal in the middle of writing."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
         needed, free = sum(array.num_bytes for array in arrays), shutil.disk_usage(self.directory).free
         names = ", ".join(array.name for array in arrays)
+        lack = f"teacher signals ({names}) need {needed:,} bytes in {self.directory}, {free:,} are free"
+        advice = "make room, set teacher.directory to another disk, or teacher.cache=none"
         if needed > free:
-            raise OSError(f"teacher signals ({names}) need {needed:,} bytes in {self.directory}, {free:,} are free")
+            raise OSError(f"{lack}; {advice}")
         print(
             f"teacher signals: {needed / 2**20:.1f} MiB will be written to {self.directory} ({names}; "
             f"{len(self.lengths):,} rows)",
@@ -199,9 +225,12 @@ class SignalCache:
             flush=True,
         )
         write_text(self.directory / IDENTITY, json.dumps(self.identity, indent=2) + "\n")
-        for array in arrays:
-            with self._partial(array).open("wb") as file:
-                file.truncate(array.num_bytes)
+        try:
+            for array in arrays:
+                with self._partial(array).open("xb") as file:
+                    os.posix_fallocate(file.fileno(), 0, max(1, array.num_bytes))
+        except OSError as error:
+            raise OSError(f"{lack}, but not for these files ({error.strerror}); {advice}") from error
 
     def _partial(self, array: Array) -> Path:
         return self.directory / f"{array.name}.partial"
@@ -223,8 +252,7 @@ class SignalCache:
 
     def seconds(self, wanted: Wanted) -> float:
         """How long the teacher took for all rows, in the slowest pass that made any of the wanted signals."""
-        files = [self.directory / f"{name}.json" for name in _names(wanted)]
-        return max(json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in files)
+        return max(self._told(name)[2] for name in _names(wanted))
 
     def num_bytes(self, wanted: Wanted) -> int:
         """Size of the files of the wanted signals."""
@@ -248,12 +276,24 @@ class SignalCache:
 
     def _open(self, name: str) -> tuple[Array, Tensor]:
         path = self.directory / f"{name}.bin"
-        told = json.loads((self.directory / f"{name}.json").read_text(encoding="utf-8"))
-        checksum, _ = told.pop("sha256"), told.pop("seconds")
-        array = Array(**told)
+        array, checksum, _ = self._told(name)
         if not path.is_file() or path.stat().st_size != array.num_bytes or sha256_of(path) != checksum:
             raise ValueError(f"teacher signals {path} are damaged; delete {self.directory}, they will be made again")
         return array, array.map(path)
+
+    def _told(self, name: str) -> tuple[Array, str, float]:
+        """What the file beside a signal says: what it is, its checksum, and the seconds it took."""
+        path = self.directory / f"{name}.json"
+        told = self._read(path)
+        try:
+            array = _ARRAY.validate_python({key: told[key] for key in Array.__slots__})
+            checksum, seconds = str(told["sha256"]), float(told["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            problem = "; ".join(str(error).split("\n")[:2])
+            raise ValueError(f"{path} is not what a run writes ({problem}); delete {self.directory}") from error
+        if array.name != name or array.places != num_places(array.signal, self.lengths):
+            raise ValueError(f"{path} tells of {array.name} with {array.places} places; delete {self.directory}")
+        return array, checksum, seconds
 
 
 def places_of(rows: Tensor, mask: Tensor, starts: Tensor) -> Tensor:

@@ -8,21 +8,30 @@ waits for (a collective on a GPU, a loader worker, a disk), and also while it ho
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
-from dsdistill.training.dist import Place
+from dsdistill.training import signals
+from dsdistill.training.dist import Place, wait_for_all
 
 LOST = 1
 """Exit code of a process that leaves because of the others."""
+
+POLL_S = 0.1
+"""How often a rank asks whether rank 0 has done what it does alone."""
+
+_STOP = "dsdistill/stop"
+_SHARED = (OSError, ValueError, signals.StoppedError)
 
 
 class LostRankError(RuntimeError):
@@ -44,6 +53,7 @@ class Watchdog(contextlib.AbstractContextManager):
         self.doing, self.moves, self.beats = "starting", 0, 0
         self.ended = threading.Event()
         self.store: Any = None
+        self.times_alone = 0
 
     def __enter__(self) -> Watchdog:
         if self.place.world_size > 1:
@@ -60,6 +70,45 @@ class Watchdog(contextlib.AbstractContextManager):
         """Note what the main thread begins to do."""
         self.doing = doing
         self.moves += 1
+
+    def stop_wished(self) -> bool:
+        """Whether a signal asked any rank to stop; ranks learn it within a second or so, not at the same moment."""
+        return signals.received() is not None or (self.store is not None and self.store.check([_STOP]))
+
+    def first_alone(self, doing: str, work: Callable[[], object]) -> None:
+        """Let rank 0 do something that may take long; every rank must call this.
+
+        The others wait as long as rank 0 lives and its own watchdog is content, which `work` tells what it is doing.
+
+        Args:
+            doing: What it is, for people.
+            work: Called on rank 0 when all ranks are here.
+
+        Raises:
+            OSError: If `work` did, on all ranks alike; so with ValueError and StoppedError.
+        """
+        self.at(doing)
+        wait_for_all(self.place)
+        self.times_alone += 1
+        key, problem = f"dsdistill/alone/{self.times_alone}", None
+        if self.place.is_first:
+            try:
+                work()
+            except _SHARED as error:
+                problem = error
+            if self.store is not None:
+                kind = next((k.__name__ for k in _SHARED if isinstance(problem, k)), "")
+                self.store.set(key, json.dumps([kind, str(problem)]))
+        else:
+            while not self.store.check([key]):
+                self.at(f"waiting for rank 0, {doing}")
+                time.sleep(POLL_S)
+            name, text = json.loads(self.store.get(key))
+            problem = next((kind(text) for kind in _SHARED if kind.__name__ == name), None)
+        self.at(doing)
+        wait_for_all(self.place)  # rank 0 keeps the store
+        if problem is not None:
+            raise problem
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Stop watching.
@@ -80,9 +129,8 @@ class Watchdog(contextlib.AbstractContextManager):
             wake_ups = wake_ups + 1 if self.moves == seen else 0
             seen = self.moves
             if wake_ups * self.period_s >= self.timeout_s:
-                others = "; ".join(self._others())
-                line = f"error: rank {self.place.rank} has been at {self.doing} for {self.timeout_s:.0f} s; {others}"
-                print(line, file=sys.stderr, flush=True)
+                line = f"error: rank {self.place.rank} has been at {self.doing} for {self.timeout_s:.0f} s"
+                print("; ".join([line, *self._others()]), file=sys.stderr, flush=True)
                 for child in multiprocessing.active_children():
                     child.kill()
                 os._exit(LOST)
@@ -93,9 +141,13 @@ class Watchdog(contextlib.AbstractContextManager):
         self.beats += 1
         with contextlib.suppress(RuntimeError):  # the store is gone with rank 0; `_others` says so when asked
             self.store.set(f"dsdistill/{self.place.rank}", f"{self.beats} {self.doing}")
+            if signals.received() is not None:
+                self.store.set(_STOP, "")
 
     def _others(self) -> list[str]:
         """What each other rank is doing, or was doing when it fell silent; a line each."""
+        if self.store is None:
+            return []
         told: list[dict[int, str]] = []
 
         def read_twice() -> None:

@@ -36,7 +36,7 @@ def teacher(teacher_directory):
 
 def filled(directory, teacher, *batches: list[int]) -> SignalCache:
     cache = SignalCache(directory, IDENTITY, LENGTHS)
-    cache.fill(teacher, map(batch_of, batches), PLACE, wait=lambda: None, at=lambda _: None)
+    cache.fill(teacher, map(batch_of, batches), PLACE, first_alone=lambda _, work: work(), at=lambda _: None)
     return cache
 
 
@@ -64,7 +64,7 @@ def test_missing_signals_are_added_and_the_others_stay(tmp_path, teacher, teache
     assert missing == {"hidden": {2}, "logits": {-1}}
     model = load_encoder(Source(model=str(teacher_directory)))
     more = ResidentTeacher(model, {"hidden": {2}}, device=PLACE.device, dtype=torch.float32)
-    cache.fill(more, [batch_of(list(range(7)))], PLACE, wait=lambda: None, at=lambda _: None)
+    cache.fill(more, [batch_of(list(range(7)))], PLACE, first_alone=lambda _, work: work(), at=lambda _: None)
     assert cache.missing({"hidden": (0, 2, 4)}) == {}
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert {name for name in after if before.get(name) != after[name]} == {
@@ -98,7 +98,7 @@ def test_a_kill_while_writing_leaves_nothing_that_counts(tmp_path, teacher):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.fill(teacher, broken(), PLACE, wait=lambda: None, at=lambda _: None)
+        cache.fill(teacher, broken(), PLACE, first_alone=lambda _, work: work(), at=lambda _: None)
     assert cache.missing(WANTED) == {signal: set(layers) for signal, layers in WANTED.items()}
     filled(tmp_path, teacher, list(range(7)))
     assert cache.missing(WANTED) == {}
