@@ -247,7 +247,10 @@ def _change_axis(settings: GridSettings, name: str, *texts: str, where: str) -> 
         raise ValueError(f"{where}: give at least one value")
     axis = settings.axes[name]
     if isinstance(axis, ValuesAxis):
-        axis = ValuesAxis(key=axis.key, values=[yaml.safe_load(text) for text in texts])
+        try:
+            axis = ValuesAxis(key=axis.key, values=[yaml.safe_load(text) for text in texts])
+        except yaml.YAMLError as error:
+            raise ValueError(f"{where}: a value is no YAML") from error
     else:
         for label in texts:
             settings.check_label(name, label, where)

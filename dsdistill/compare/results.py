@@ -6,9 +6,10 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from filelock import FileLock
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from dsdistill.compare.grid import Grid, Run
 from dsdistill.compare.kinds import RESULTS, find_object, is_done
@@ -22,21 +23,59 @@ DONE, FAILED = "done", "failed"
 Line = dict[str, Any]
 
 
+Scores = dict[str, dict[str, float]]
+
+
+class _Head(BaseModel):
+    """What every line has; there is more in it."""
+
+    cell: str
+    axes: dict[str, str]
+    recipe_sha256: str
+
+
+class _FailedLine(_Head):
+    status: Literal["failed"]
+    error: str
+
+
+class _DoneLine(_Head):
+    status: Literal["done"]
+    primary: str
+    scores: Scores
+    baseline: Scores
+    teacher_scores: Scores | None
+    teacher_directory: str | None
+    student: dict[str, Any]
+    teacher: dict[str, Any]
+    training: dict[str, Any]
+
+
+_LINE = TypeAdapter(Annotated[_DoneLine | _FailedLine, Field(discriminator="status")])
+
+
 def read(path: Path) -> list[Line]:
     """The lines of a results file; none if there is no file.
 
     Raises:
-        ValueError: If a line is no JSON object.
+        ValueError: If a line is not what this module writes; names it.
     """
     if not path.is_file():
         return []
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text ({error}); delete it, the cells are read again") from None
+    for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError as error:
+            _LINE.validate_python(line)
+        except (ValueError, RecursionError) as error:
+            kind = "no line of results" if isinstance(error, ValidationError) else "no JSON"
+            problem = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"{path}:{number} is no JSON ({error}); delete that line, its cell is read again"
+                f"{path}:{number} is {kind} ({problem}); delete that line, its cell is read again"
             ) from None
         lines.append(line)
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{what} {path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{what} {path} holds no settings; it must be a YAML mapping")
@@ -37,8 +38,19 @@ def describe_problem(error: ErrorDetails, model: type[BaseModel], prefix: str = 
         return f"{path}: unknown key{nearest(str(error['loc'][-1]), names)}; known here: {', '.join(sorted(names))}"
     if error["type"] == "missing":
         return f"{path}: is required and missing"
-    got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    got = "" if error["type"] == "value_error" else f", got {shown(error['input'])}"
     return f"{path}: {error['msg'].removeprefix('Value error, ')}{got}"
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, cut where it is long: a few lines of YAML can name more than memory holds."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlong = 4, 100
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 20
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 def _names_at(model: Any, location: tuple) -> list[str]:

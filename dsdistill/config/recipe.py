@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar, Union
 import yaml
 from pydantic import Field, ValidationError, create_model, model_validator
 
-from dsdistill.config.problems import apply_override, describe_problem, read_mapping
+from dsdistill.config.problems import apply_override, describe_problem, read_mapping, shown
 from dsdistill.config.sections import (
     CheckpointSettings,
     CorpusSection,
@@ -261,7 +261,7 @@ def _is_inside_a_term(location: tuple[str | int, ...]) -> bool:
 def _check_term(term: Any, where: str, problems: list[str]) -> Any:
     """One entry of `objectives` as the model its objective asks for; problems are appended."""
     if not isinstance(term, dict) or not isinstance(term.get("objective"), str):
-        problems.append(f"{where}: must be a mapping with the key 'objective', got {term!r}")
+        problems.append(f"{where}: must be a mapping with the key 'objective', got {shown(term)}")
         return term
     try:
         model = term_model(term["objective"])
