@@ -44,11 +44,12 @@ def describe_problem(error: ErrorDetails, model: type[BaseModel], prefix: str = 
 
 def shown(value: Any) -> str:
     """A value as Python writes it, cut where it is long: a few lines of YAML can name more than memory holds."""
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 500 else text[:500] + "..."
 
 
 _SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxlong = 4, 100
+_SHORT.maxlevel, _SHORT.maxlong = 3, 100
 _SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 20
 _SHORT.maxstring = _SHORT.maxother = 200
 
