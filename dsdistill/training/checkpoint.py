@@ -88,7 +88,8 @@ def save_checkpoint(
         partial.rename(final)
         _sync(directory)
         for old in whole_checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
+            # a kill in the middle leaves nothing that has a checkpoint's name: `remove_unfinished` finds it
+            shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")))
 
     problem = _agree(_attempt(begin, partial) if first else None)
     if problem is None:
