@@ -23,6 +23,11 @@ LONG = (f"optimization.steps={STEPS}", "evaluation.every_steps=1000")
 PRETRAIN, TASK = (ROOT / "launch" / name for name in ("pretrain_distill.py", "task_distill.py"))
 
 
+def patience(seconds: float) -> float:
+    """How long to wait for what takes so long on free cores, while others use them too."""
+    return seconds * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
 class Job:
     """One process per rank; output goes to files, so that nobody waits for a reader.
 
@@ -62,14 +67,14 @@ class Job:
         return self.logs[rank].read()
 
     def wait_until(self, happened: Callable[[], bool], timeout: float = 100) -> None:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patience(timeout)
         while not happened():
             assert time.monotonic() < deadline, self.tails()
             assert all(process.poll() is None for process in self.processes), self.tails()
             time.sleep(0.01)
 
     def codes(self, timeout: float = 100) -> list[int]:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patience(timeout)
         try:
             return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
         except subprocess.TimeoutExpired:

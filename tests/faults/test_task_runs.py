@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.faults.jobs import TASK, Job
 from tests.task.conftest import sentences
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]
 ROWS = 480
 LIMIT = 20_000
 
@@ -115,7 +115,7 @@ def flip_a_bit(checkpoint: Path) -> None:
     path.write_bytes(content)
 
 
-LONG = [pytest.param(2, stage, marks=[pytest.mark.slow, pytest.mark.timeout(900)]) for stage in (0, 2, 3)]
+LONG = [pytest.param(2, stage, marks=pytest.mark.slow) for stage in (0, 2, 3)]
 
 
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 2), *LONG])
