@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check -q
 PATHS := dsdistill launch tests benchmarks
 
-.PHONY: quickstart test test-all check format clean
+.PHONY: quickstart test test-all check format audit clean
 
 # torch first and without build isolation: DeepSpeed's setup needs it, and no second torch is fetched for the build
 .venv/installed: pyproject.toml constraints.txt
@@ -32,6 +32,15 @@ check: .venv/installed
 format: .venv/installed
 	.venv/bin/ruff format $(PATHS)
 	.venv/bin/ruff check --fix $(PATHS)
+
+# Known vulnerabilities of what is installed. --strict: a package that the service does not know is a failure, not a pass.
+audit: .venv/installed
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip --disable-pip-version-check -q install pip-audit
+	.venv/bin/python -m pip --disable-pip-version-check freeze --exclude-editable | sed 's/+.*//' > .venv/audit/installed.txt
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r .venv/audit/installed.txt || \
+	{ echo "audit: not clean, or not done: see above. It needs https://pypi.org/pypi/NAME/VERSION/json; a mirror without" \
+	"advisories answers 'not found'. Run it where that is reachable."; exit 1; }
 
 clean:
 	rm -rf .venv build *.egg-info
