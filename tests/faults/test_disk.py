@@ -11,10 +11,10 @@ pytestmark = pytest.mark.multiprocess
 LIMIT = 40_000
 
 
-def test_a_full_disk_costs_no_checkpoint_and_stops_or_not_as_the_recipe_says(recipe_file, tmp_path, unbroken):
+def test_a_full_disk_costs_no_checkpoint_and_stops_or_not_as_the_recipe_says(recipe_file, tmp_path, unbroken, warm):
     run = tmp_path / "run"
     settings = (*LONG, f"output={run}", "checkpoint.every_steps=10", "checkpoint.keep=100")
-    job = Job(recipe_file, *settings, world_size=2)
+    job = Job(recipe_file, *settings, world_size=2, warm=warm)
     job.wait_until(lambda: (run / "checkpoints" / "step-00000010").exists())
     limit(job, LIMIT)
     assert job.codes() == [1, 1], job.tails()
@@ -26,7 +26,7 @@ def test_a_full_disk_costs_no_checkpoint_and_stops_or_not_as_the_recipe_says(rec
     for checkpoint in kept:
         verify(checkpoint)
 
-    job = Job(recipe_file, *settings, "checkpoint.on_failure=continue", "logging.every_steps=1", world_size=2)
+    job = Job(recipe_file, *settings, "checkpoint.on_failure=continue", "logging.every_steps=1", world_size=2, warm=warm)
     job.wait_until(lambda: "resumed at step" in job.output(0))
     limit(job, LIMIT)
     job.wait_until(lambda: "training goes on" in job.output(0))

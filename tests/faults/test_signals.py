@@ -29,13 +29,13 @@ def checkpoints(run: Path) -> list[str]:
     ],
 )
 def test_a_signal_saves_a_step_and_the_run_goes_on_to_the_same_weights(
-    recipe_file, tmp_path, unbroken, world_size, numbers
+    recipe_file, tmp_path, unbroken, warm, world_size, numbers
 ):
     whole = unbroken(recipe_file, world_size)
     run = tmp_path / "stopped"
     settings = (*RARELY_SAVED, f"output={run}")
     for number in numbers:
-        job = Job(recipe_file, *settings, world_size=world_size)
+        job = Job(recipe_file, *settings, world_size=world_size, warm=warm)
         job.wait_until(lambda job=job: f"/{STEPS}  loss" in job.output(0))
         os.killpg(job.processes[-1].pid, number)  # one rank and its workers, as a launcher does
         assert job.codes() == [3] * world_size, job.tails()
@@ -43,7 +43,7 @@ def test_a_signal_saves_a_step_and_the_run_goes_on_to_the_same_weights(
         assert f"of {STEPS} steps are done and saved" in job.output(0)
         assert "Traceback" not in job.tails()
         assert checkpoints(run)
-    job = Job(recipe_file, *settings, world_size=world_size)
+    job = Job(recipe_file, *settings, world_size=world_size, warm=warm)
     assert not any(job.codes()), job.tails()
     assert "resumed at step" in job.output(0)
     assert_same_weights(whole, run, STEPS)
