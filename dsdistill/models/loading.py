@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -39,11 +40,10 @@ def load_config(source: Source) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(**source.arguments())
-    except (OSError, ValueError, StrictDataclassError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise ValueError(
-            f"model {source.model!r} cannot be read ({first_line}); give a local directory with config.json, a hub "
-            "name, or package:<import name>"
+            f"model {source.model!r} cannot be read ({first_line_of(error)}); give a local directory with config.json, "
+            "a hub name, or package:<import name>"
         ) from error
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
         raise ValueError(f"model {source.model!r} is a {config.model_type} decoder; only encoders can be distilled")
@@ -78,12 +78,19 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments())
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(f"the tokenizer of model {source.model!r} cannot be read ({first_line})") from error
+    except Exception as error:  # the tokenizers library raises plain Exceptions for files it cannot read
+        raise ValueError(f"the tokenizer of model {source.model!r} cannot be read ({first_line_of(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"model {source.model!r} has no fast tokenizer; save one beside it (tokenizer.json)")
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers makes one up
+        raise ValueError(f"model {source.model!r} has no tokenizer files; save its tokenizer beside it")
     return tokenizer
+
+
+def first_line_of(error: BaseException) -> str:
+    """What went wrong in a library, in one line."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
 
 
 def load_encoder(source: Source, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -95,7 +102,7 @@ def load_encoder(source: Source, *, dtype: torch.dtype = torch.float32) -> PreTr
     """
     config = load_config(source)
     arguments = {**source.arguments(), "attn_implementation": ATTENTION, "dtype": dtype, "output_loading_info": True}
-    with _tensors_only(source):
+    with _weights_of(source):
         return _load_with_head_or_without(source, config, arguments)
 
 
@@ -132,13 +139,18 @@ def load_masked_lm(source: Source, *, device: torch.device) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _tensors_only(source: Source) -> Iterator[None]:
+def _weights_of(source: Source) -> Iterator[None]:
+    """Within, weights are read: what is wrong with their file becomes a sentence."""
     try:
         yield
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"model {source.model!r}: its file of weights holds more than tensors and was not loaded: it may run code; "
             "use a model saved as safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"model {source.model!r}: its weights are damaged, or do not fit its config.json ({first_line_of(error)})"
         ) from error
 
 
@@ -192,7 +204,7 @@ def load_classifier(
         ValueError: If weights of the encoder are missing, or the file of weights holds more than tensors.
     """
     arguments = {**source.arguments(), "config": config, "attn_implementation": ATTENTION, "dtype": torch.float32}
-    with _tensors_only(source), torch.random.fork_rng(devices=[]):
+    with _weights_of(source), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = AutoModelForSequenceClassification.from_pretrained(**arguments, output_loading_info=True)
     _check_complete(source, info, within="" if has_task_architecture(config) else f"{model.base_model_prefix}.")

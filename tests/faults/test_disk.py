@@ -26,7 +26,9 @@ def test_a_full_disk_costs_no_checkpoint_and_stops_or_not_as_the_recipe_says(rec
     for checkpoint in kept:
         verify(checkpoint)
 
-    job = Job(recipe_file, *settings, "checkpoint.on_failure=continue", "logging.every_steps=1", world_size=2, warm=warm)
+    job = Job(
+        recipe_file, *settings, "checkpoint.on_failure=continue", "logging.every_steps=1", world_size=2, warm=warm
+    )
     job.wait_until(lambda: "resumed at step" in job.output(0))
     limit(job, LIMIT)
     job.wait_until(lambda: "training goes on" in job.output(0))
