@@ -49,19 +49,6 @@ def start(recipe, warm) -> Callable[..., Job]:
     return start_job
 
 
-@pytest.fixture
-def whole_run(tmp_path_factory, start):
-    """Gives the directory of a run that nothing happens to."""
-
-    def run(world_size: int, stage: int) -> Path:
-        directory = tmp_path_factory.mktemp("whole") / "run"
-        job = start(directory, world_size=world_size, stage=stage)
-        assert job.codes() == [0] * world_size, job.tails()
-        return directory
-
-    return run
-
-
 def teacher_of(run: Path) -> Path:
     (found,) = [path for path in run.parent.glob("teachers/cola-*") if path.is_dir()]
     return found
@@ -119,9 +106,10 @@ LONG = [pytest.param(2, stage, marks=pytest.mark.slow) for stage in (0, 2, 3)]
 
 
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 2), *LONG])
-def test_a_run_on_a_task_survives_a_fault_in_each_of_its_parts(start, whole_run, tmp_path, world_size, stage):
+def test_a_run_on_a_task_survives_a_fault_in_each_of_its_parts(start, tmp_path, world_size, stage):
     """Signals, kills, a full disk and a damaged checkpoint, one after the other; the end is that of an unbroken run."""
-    whole, run = whole_run(world_size, stage), tmp_path / "broken" / "run"
+    whole, run = tmp_path / "whole" / "run", tmp_path / "broken" / "run"
+    unbroken = start(whole, world_size=world_size, stage=stage)
 
     def job() -> Job:
         return start(run, world_size=world_size, stage=stage)
@@ -153,6 +141,7 @@ def test_a_run_on_a_task_survives_a_fault_in_each_of_its_parts(start, whole_run,
     now = job()
     assert now.codes() == [0] * world_size, now.tails()
     assert "resumed at step" in now.output(0)
+    assert unbroken.codes() == [0] * world_size, unbroken.tails()
     assert_same_models(whole, run)
 
 
