@@ -22,6 +22,7 @@ def test_shipped_jsons_are_filled_for_deepspeed(path):
     assert "auto" not in json.dumps(filled)
     assert filled["train_batch_size"] == 24
     assert filled["gradient_clipping"] == 0.5
+    assert not filled["timers"]["throughput"]["enabled"]
     assert filled["train_micro_batch_size_per_gpu"] * filled["gradient_accumulation_steps"] * 2 == 24
 
 
