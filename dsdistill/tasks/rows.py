@@ -6,6 +6,7 @@ Letters in shapes: N rows, T tokens of all rows, B rows of a batch, L its length
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _CHUNK_ROWS = 8192
 _PAD_MULTIPLE = 8
+_STEPS_AT_ONCE = 64
+"""Steps whose rows are looked up together: as numpy calls, one step costs as much as many."""
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -235,14 +238,15 @@ def train_batches(
     sizes = {"global_batch": global_batch, "micro_batch": micro_batch, "world_size": world_size}
     num_micro_steps = accumulation_steps(**sizes)
 
-    def numbers(step: int, micro_step: int) -> NDArray[np.int64]:
-        positions = micro_batch_positions(step, micro_step, rank, **sizes)
+    def numbers(steps: range) -> NDArray[np.int64]:
+        parts = itertools.product(steps, range(num_micro_steps))
+        positions = np.stack([micro_batch_positions(step, part, rank, **sizes) for step, part in parts])
         return positions_to_rows(positions, num_rows=rows.num_rows, seed=seed)[1]
 
     return (
-        rows.batch(numbers(step, micro_step))
-        for step in range(first_step, last_step)
-        for micro_step in range(num_micro_steps)
+        rows.batch(chosen)
+        for start in range(first_step, last_step, _STEPS_AT_ONCE)
+        for chosen in numbers(range(start, min(start + _STEPS_AT_ONCE, last_step)))
     )
 
 

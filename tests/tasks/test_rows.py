@@ -113,8 +113,9 @@ def test_a_batch_does_not_share_memory_with_the_rows(rows):
 
 
 @pytest.mark.parametrize(("num_rows", "global_batch"), [(21, 12), (5, 12), (1, 4)])
-def test_train_order_is_the_corpus_order_on_any_number_of_ranks(rows, num_rows, global_batch):
+def test_train_order_is_the_corpus_order_on_any_number_of_ranks(rows, num_rows, global_batch, monkeypatch):
     rows = rows.first(num_rows)
+    monkeypatch.setattr("dsdistill.tasks.rows._STEPS_AT_ONCE", 2)
 
     def read(world_size: int, micro_batch: int, first_step: int = 0) -> list[list[int]]:
         sizes = {"global_batch": global_batch, "micro_batch": micro_batch, "world_size": world_size}
