@@ -7,8 +7,9 @@ pytestmark = pytest.mark.multiprocess
 WORKERS = "tests.training.engine_workers"
 
 
-def test_every_zero_stage_on_two_processes_equals_plain_pytorch(recipe_content):
-    run_workers(f"{WORKERS}:check_parity", 2, content=recipe_content)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_zero_stage_equals_plain_pytorch(recipe_content, world_size):
+    run_workers(f"{WORKERS}:check_parity", world_size, content=recipe_content)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
