@@ -19,6 +19,14 @@ WORDS = (
 )
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Tests for a GPU are told as skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 def write_text(path: Path, documents: int = 120, seed: int = 0) -> Path:
     """Documents separated by blank lines, of words that a small vocabulary covers."""
     draw = random.Random(seed)

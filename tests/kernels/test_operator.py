@@ -10,7 +10,6 @@ from tests.kernels.test_pairwise import SCALES, USUAL
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("measure", ["kl", "mse"])
 def test_operator_is_registered_as_torch_library_wants_it(measure, own, device):
@@ -20,7 +19,6 @@ def test_operator_is_registered_as_torch_library_wants_it(measure, own, device):
     torch.library.opcheck(pairwise._forward, (*arguments, mask, mask, None, 3, 0.3, 0.4), test_utils=CHECKS)
 
 
-@pytest.mark.slow
 def test_compilation_keeps_the_graph_whole(device):
     tensors = USUAL.tensors(device)
     limits = USUAL.limits(device)

@@ -73,15 +73,6 @@ SMALL = [
     *(Shape(dtypes=(dtype, dtype)) for dtype in (torch.float32, torch.bfloat16)),
     Shape(dtypes=(torch.float32, torch.float16)),
 ]
-QUICK = {"lengths=(0, 5, 1) length=5"}
-"""Shapes that an ordinary run of the tests tries; the interpreter takes seconds for each."""
-
-
-def mostly_slow(shapes: list) -> list:
-    """Parameters, those beyond `QUICK` marked slow."""
-    return [s if str(s) in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in shapes]
-
-
 LARGE = [
     Shape(lengths=(length,) * 3, length=length, heads=6, key_heads=6, teacher_key_heads=6, widths=(width, width))
     for width in (16, 32, 64, 128)
@@ -132,7 +123,7 @@ def compare_relations(shape: Shape, heads: int, device) -> None:
 
 
 @pytest.mark.parametrize("measure", FUNCTIONS)
-@pytest.mark.parametrize("shape", mostly_slow(SMALL), ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_fused_maps_agree_with_the_plain_ones(shape, measure, device):
     compare(shape, measure, device)
 
@@ -145,16 +136,11 @@ def test_fused_maps_agree_on_a_gpu(shape, measure, device):
 
 
 RELATIONS = [
+    (USUAL, 2),
     (Shape(widths=(12, 20)), 4),
-    *(
-        pytest.param(shape, heads, marks=pytest.mark.slow)
-        for shape, heads in (
-            (USUAL, 2),
-            (Shape(lengths=(32, 32), length=32, widths=(24, 24)), 3),
-            (Shape(segments=True), 4),
-            (Shape(lengths=(7, 0), length=17, reduction="study"), 1),
-        )
-    ),
+    (Shape(lengths=(32, 32), length=32, widths=(24, 24)), 3),
+    (Shape(segments=True), 4),
+    (Shape(lengths=(7, 0), length=17, reduction="study"), 1),
 ]
 
 
@@ -173,7 +159,6 @@ def test_fused_relations_agree_on_a_gpu(lengths, heads, device):
     compare_relations(shape, heads, device)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [1.0, 8.0])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_relations_of_any_size_agree(dtype, size, device):
@@ -184,7 +169,6 @@ def test_relations_of_any_size_agree(dtype, size, device):
     assert_agree(relations, [student, teacher], dtype, learned=1, **shape.limits(device))
 
 
-@pytest.mark.slow
 def test_relations_of_two_tensors_agree(device):
     student, student_other, teacher, teacher_other = USUAL.tensors(device)
 
@@ -195,7 +179,6 @@ def test_relations_of_two_tensors_agree(device):
     assert_agree(mixed, [student, student_other, teacher, teacher_other], torch.float16, **USUAL.limits(device))
 
 
-@pytest.mark.slow
 def test_squared_differences_of_a_tensor_with_itself_agree(device):
     student, _, teacher, _ = USUAL.tensors(device)
 
@@ -205,7 +188,6 @@ def test_squared_differences_of_a_tensor_with_itself_agree(device):
     assert_agree(own, [student, teacher], torch.float16, learned=1, **USUAL.limits(device))
 
 
-@pytest.mark.slow
 def test_a_tensor_with_itself_against_two_of_the_teacher_agrees(device):
     student, _, teacher, teacher_other = USUAL.tensors(device)
 
@@ -227,10 +209,7 @@ def test_fused_values_are_those_of_the_oracle(measure, device):
     torch.testing.assert_close(got.item(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "garbage", [float("nan"), *(pytest.param(x, marks=pytest.mark.slow) for x in (1e30, float("inf")))]
-)
+@pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
 @pytest.mark.parametrize("measure", FUNCTIONS)
 def test_what_stands_in_padding_is_never_used(measure, garbage, device):
     shape = dataclasses.replace(USUAL, dtypes=(torch.float32, torch.bfloat16))
@@ -245,7 +224,6 @@ def test_what_stands_in_padding_is_never_used(measure, garbage, device):
     assert all((x[~limits["mask"][:, None, :, None].expand_as(x)] == 0).all() for x in run(spoiled)[1:])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("measure", FUNCTIONS)
 def test_nothing_is_left_to_learn_at_equality(measure, device):
     student = USUAL.tensors(device)[:2]
@@ -256,7 +234,6 @@ def test_nothing_is_left_to_learn_at_equality(measure, device):
         assert (value.abs() <= 1e-6).all()  # a fused multiply and add rounds the two sides differently
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("measure", FUNCTIONS)
 def test_every_layout_gives_the_same_bits_again(measure, device):
     """Strides of (B, H, L, D), of slices of a joint projection, and columns that are not side by side."""
@@ -273,7 +250,6 @@ def test_every_layout_gives_the_same_bits_again(measure, device):
         torch.testing.assert_close(run(laid), expected, rtol=0, atol=0)
 
 
-@pytest.mark.slow
 def test_gradients_of_a_huge_mean_survive_fp16(device):
     """A loss scale of 2^16 over a mean of 10^6 rows; differences of probabilities near 1e-5 count."""
     shape = Shape(lengths=(64,), length=64, widths=(16, 16))
@@ -287,7 +263,6 @@ def test_gradients_of_a_huge_mean_survive_fp16(device):
         assert (ours.double() - truth).norm() < 0.01 * truth.norm()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reach", [100.0, 1000.0])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("measure", FUNCTIONS)
@@ -301,7 +276,6 @@ def test_extreme_scores_are_finite(measure, dtype, reach, device):
     torch.testing.assert_close(got[0].double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_without_need_no_gradient_is_computed(device):
     tensors = [x.detach() for x in USUAL.tensors(device)]
     assert not attention_kl(*tensors, **USUAL.limits(device), **SCALES, kernel="fused").requires_grad
