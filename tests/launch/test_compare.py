@@ -90,6 +90,7 @@ def processes(output: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow  # test_compare_for_real kills a grid too
 def test_a_grid_is_killed_restarted_stopped_and_finished(compare, grid_file, tmp_path):
     output = tmp_path / "grid"
     killed = start(grid_file, "--jobs", "2")

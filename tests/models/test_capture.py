@@ -122,7 +122,11 @@ def test_checkpointing_records_once_with_equal_gradients(family):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+COMPILED = ("bert", "albert", "modernbert")
+"""Compiled in an ordinary run: separate layers, shared layers, rotary ones with windows; a compilation takes seconds."""
+
+
+@pytest.mark.parametrize("family", [f if f in COMPILED else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_capture_survives_compilation_of_the_full_graph(family):
     batch = make_batch(True)
     captured = Captured(build(family, ATTENTION), WANTED)

@@ -64,7 +64,7 @@ def check_export(run, predictions) -> None:
     np.testing.assert_allclose(logits, told, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stopped_in_both_stages_a_run_ends_with_the_same_weights(task_content, world_size):
     run_workers(f"{WORKERS}:check_resume", world_size, content=task_content, stages=[0, 2])
 

@@ -7,12 +7,12 @@ pytestmark = pytest.mark.multiprocess
 WORKERS = "tests.training.engine_workers"
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_zero_stage_equals_plain_pytorch(recipe_content, world_size):
     run_workers(f"{WORKERS}:check_parity", world_size, content=recipe_content)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resumed_run_is_bit_equal_at_every_zero_stage(recipe_content, world_size):
     run_workers(f"{WORKERS}:check_resume", world_size, content=recipe_content)
 
