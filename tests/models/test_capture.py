@@ -123,7 +123,7 @@ def test_checkpointing_records_once_with_equal_gradients(family):
 
 
 COMPILED = ("bert", "albert", "modernbert")
-"""Compiled in an ordinary run: separate layers, shared layers, rotary ones with windows; a compilation takes seconds."""
+"""Compiled in an ordinary run: separate layers, shared ones, rotary ones with windows; each takes seconds."""
 
 
 @pytest.mark.parametrize("family", [f if f in COMPILED else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
