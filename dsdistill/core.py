@@ -49,7 +49,8 @@ class Batch(NamedTuple):
     Attributes:
         input_ids: int64 (B, L), after masking.
         mask: bool (B, L), True = real token.
-        segments: int64 (B, L), document number in a packed row, or None for one document a row.
+        segments: int64 (B, L), document number in a packed row; where given, neither the models nor the objectives
+            look across documents. None where rows are taken as they are.
         token_type_ids: int64 (B, L), or None where the model has none.
         labels: int64 (B, L), -100 = ignored, for masked language modelling; (B,) for tasks; None without labels.
         targets: int64 (N,), flat indices into (B * L) of the positions whose logits are wanted: those with a label,
@@ -57,6 +58,7 @@ class Batch(NamedTuple):
             has to be asked how many there are.
         sample_ids: int64 (B,), the row's number in its data set.
         padded: Whether any position is padding; known where the batch is made, so that no device has to be asked.
+        borders: int32 (M + 1,), where `segments` are given: from `document_borders`.
     """
 
     input_ids: Tensor
@@ -67,6 +69,7 @@ class Batch(NamedTuple):
     labels: Tensor | None = None
     targets: Tensor | None = None
     padded: bool = True
+    borders: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to a device; asynchronous from pinned memory."""
@@ -78,6 +81,29 @@ class Batch(NamedTuple):
 
     def _map(self, function) -> Batch:
         return self._replace(**{name: function(v) for name, v in self._asdict().items() if isinstance(v, Tensor)})
+
+
+FEWEST_BORDERS = 64
+
+
+def document_borders(segments: Tensor, mask: Tensor) -> Tensor:
+    """Where the documents of a batch begin, the padding of a row counted as one.
+
+    Args:
+        segments: int (B, L), document numbers in a row.
+        mask: bool (B, L), True = real.
+
+    Returns:
+        int32 (M + 1,), places in the rows laid end to end; the last ones, repeated until M is a power of two that is at
+        least 64, are B * L: a compiled model sees few shapes.
+    """
+    begins = torch.ones_like(mask)
+    begins[:, 1:] = (segments[:, 1:] != segments[:, :-1]) | (mask[:, 1:] != mask[:, :-1])
+    starts = begins.flatten().nonzero().squeeze(1)  # sync, if the batch is on a device
+    size = max(FEWEST_BORDERS, 1 << (len(starts) - 1).bit_length())
+    borders = torch.full((size + 1,), mask.numel(), dtype=torch.int32, device=mask.device)
+    borders[: len(starts)] = starts
+    return borders
 
 
 class Features(NamedTuple):

@@ -13,7 +13,6 @@ from dsdistill.config.deepspeed import fill_auto
 from dsdistill.config.recipe import AnyRecipe, Pace, Recipe, TaskRecipe
 from dsdistill.config.sections import StudentSettings, Term
 from dsdistill.core import ModelShape, Problem
-from dsdistill.corpus.store import Corpus
 from dsdistill.locate import Source
 from dsdistill.models.capture import Wanted
 from dsdistill.models.families import max_length, shape_of
@@ -21,6 +20,7 @@ from dsdistill.models.loading import has_masked_lm_architecture, has_task_archit
 from dsdistill.models.student import check_start, student_config
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.objectives.registry import find_objective
+from dsdistill.plan_rows import row_problems, rows_of
 from dsdistill.tasks.spec import TaskSpec, output_columns
 from dsdistill.training.dist import Place
 from dsdistill.training.distiller import BoundTerm, bind_terms, wanted_signals
@@ -85,12 +85,15 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
         ValueError: With every problem found.
     """
     problems = Problems()
-    row_length = problems.of(lambda: row_length_of(recipe)) or 1
+    rows = problems.of(lambda: rows_of(recipe))
+    row_length = rows.length if rows is not None else 1
     source = recipe.teacher.source
     models = plan_models(source, problems.of(lambda: load_config(source)), recipe.student, problems)
     stage = plan_stage(recipe.objectives, recipe.pace, models, problems, ds_json, place, row_length=row_length)
     if stage is not None and "logits" in stage.student_wants:
         problems.found += logit_problems(recipe, source, models.teacher, stage.terms)
+    if rows is not None:
+        problems.found += row_problems(recipe, rows, models.teacher, models.student)
     return finish_plan(recipe, models, [stage], problems)
 
 
@@ -320,17 +323,6 @@ def describe_start(plan: Plan[Any]) -> str:
     if plan.layers is None:
         return "random weights"
     return f"teacher layers {list(plan.layers)}" + (f", made narrower by {settings.resize}" if settings.resize else "")
-
-
-def row_length_of(recipe: Recipe) -> int:
-    """Tokens per row, from the prepared corpus or from how it will be prepared.
-
-    Raises:
-        ValueError: If there is neither.
-    """
-    if recipe.corpus.prepare is not None:
-        return recipe.corpus.prepare.length
-    return min(Corpus.open(recipe.corpus.directory, split).length for split in ("train", "held_out"))
 
 
 def missing_head(source: Source) -> str:

@@ -17,7 +17,7 @@ from dsdistill.corpus.masking import Masker
 from dsdistill.corpus.prepare import prepare
 from dsdistill.corpus.store import Corpus
 from dsdistill.models.export import save_skeleton
-from dsdistill.models.families import max_length, shape_of
+from dsdistill.models.families import shape_of
 from dsdistill.models.loading import head_of, load_encoder, load_tokenizer
 from dsdistill.models.student import build_student
 from dsdistill.models.teacher import ResidentTeacher
@@ -65,7 +65,7 @@ def open_corpus(recipe: Recipe, plan: Plan[Recipe], place: Place) -> tuple[Corpu
     """The two splits, prepared first if the recipe says how, and the teacher's tokenizer, which must be theirs.
 
     Raises:
-        ValueError: If the corpus is missing, damaged, or was made for another tokenizer or longer rows.
+        ValueError: If the corpus is missing, damaged, or was made for another tokenizer.
     """
     if recipe.corpus.prepare is not None:
         prepare(recipe.corpus.prepare, progress=place.is_first)
@@ -73,12 +73,6 @@ def open_corpus(recipe: Recipe, plan: Plan[Recipe], place: Place) -> tuple[Corpu
     tokenizer = load_tokenizer(plan.source)
     corpus.check_tokenizer(tokenizer)
     corpus.check_vocabulary(plan.teacher_config.vocab_size, model=plan.source.model)
-    longest = max_length(plan.teacher_config)
-    if longest is not None and corpus.length > longest:
-        raise ValueError(
-            f"rows of {recipe.corpus.directory} have {corpus.length} tokens, but {plan.source.model} takes {longest}; "
-            "prepare the corpus with a smaller length"
-        )
     return corpus, held_out, tokenizer
 
 
@@ -117,7 +111,7 @@ def distil_watched(
         tokenizer, probability=recipe.masking.probability, whole_word=recipe.masking.whole_word
     )
     data = {"masker": masker, "with_labels": "logits" in stage.student_wants}
-    data["all_targets"] = recipe.masking.targets == "all"
+    data |= {"all_targets": recipe.masking.targets == "all", "isolate": recipe.corpus.isolate}
     batching = {"micro_batch": config["train_micro_batch_size_per_gpu"], "rank": place.rank}
     batching["world_size"] = place.world_size
 

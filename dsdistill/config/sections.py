@@ -64,6 +64,11 @@ class CorpusSection(Strict):
 
     directory: Path = Field(description="what prepare_corpus wrote, or will write if `prepare` is given")
     prepare: CorpusSettings | None = Field(default=None, description="how to make the directory if it is not there")
+    isolate: bool = Field(
+        default=False,
+        description="documents packed into one row do not see each other, in the models and in the objectives, and "
+        "positions begin anew in each; off, a row is one text",
+    )
 
     @model_validator(mode="before")
     @classmethod

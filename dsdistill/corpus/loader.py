@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from dsdistill.core import IGNORED_LABEL, Batch
+from dsdistill.core import IGNORED_LABEL, Batch, document_borders
 from dsdistill.corpus.masking import Masker
 from dsdistill.corpus.order import accumulation_steps, micro_batch_positions, positions_to_rows
 from dsdistill.corpus.store import Corpus
@@ -31,6 +31,7 @@ def make_batch(
     epochs: np.ndarray | int,
     with_labels: bool = True,
     all_targets: bool = False,
+    isolate: bool = False,
 ) -> Batch:
     """Read and mask some rows.
 
@@ -43,19 +44,23 @@ def make_batch(
         with_labels: Whether labels and targets are wanted; the inputs are masked in any case.
         all_targets: Whether all real positions are targets, special tokens too, not only those chosen for masking;
             labels stay as they are.
+        isolate: Whether documents packed into one row are kept apart: the batch then says where they begin.
     """
     arrays = corpus.rows(rows)
     input_ids, labels = masker(arrays.input_ids, arrays.mask, seed=seed, epochs=epochs, rows=rows)
     targets = np.flatnonzero(arrays.mask if all_targets else labels != IGNORED_LABEL) if with_labels else None
+    mask = torch.from_numpy(arrays.mask)
+    segments = torch.from_numpy(arrays.segments) if isolate and arrays.segments is not None else None
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        mask=torch.from_numpy(arrays.mask),
+        mask=mask,
         sample_ids=torch.from_numpy(rows),
-        segments=None if arrays.segments is None else torch.from_numpy(arrays.segments),
+        segments=segments,
         token_type_ids=None if arrays.token_type_ids is None else torch.from_numpy(arrays.token_type_ids),
         labels=torch.from_numpy(labels) if with_labels else None,
         targets=None if targets is None else torch.from_numpy(targets),
         padded=not arrays.mask.all(),
+        borders=None if segments is None else document_borders(segments, mask),
     )
 
 
@@ -76,9 +81,10 @@ class _MicroBatches(Dataset[Batch]):
         last_step: int,
         with_labels: bool,
         all_targets: bool,
+        isolate: bool,
     ) -> None:
         self._corpus, self._masker, self._seed = corpus, masker, seed
-        self._wanted = {"with_labels": with_labels, "all_targets": all_targets}
+        self._wanted = {"with_labels": with_labels, "all_targets": all_targets, "isolate": isolate}
         self._batches = {"global_batch": global_batch, "micro_batch": micro_batch, "world_size": world_size}
         self._rank, self._first_step, self._last_step = rank, first_step, last_step
         self._accumulation = accumulation_steps(**self._batches)
@@ -108,6 +114,7 @@ def train_batches(
     pin_memory: bool = False,
     with_labels: bool = True,
     all_targets: bool = False,
+    isolate: bool = False,
     start_method: str | None = None,
 ) -> DataLoader[Batch]:
     """Micro-batches of one rank for the optimizer steps first_step, ..., last_step - 1, in order.
@@ -129,6 +136,7 @@ def train_batches(
         pin_memory: Page-locked batches, for copies to a GPU.
         with_labels: Whether an objective reads labels; without, `labels` and `targets` are None.
         all_targets: Whether all real positions are targets, as in `make_batch`.
+        isolate: Whether documents of a row are kept apart, as in `make_batch`.
         start_method: "fork", "spawn" or "forkserver"; the platform's default if None.
 
     Returns:
@@ -149,6 +157,7 @@ def train_batches(
         last_step=last_step,
         with_labels=with_labels,
         all_targets=all_targets,
+        isolate=isolate,
     )
     return DataLoader(
         batches,
@@ -220,6 +229,7 @@ def held_out_batches(
     world_size: int,
     with_labels: bool = True,
     all_targets: bool = False,
+    isolate: bool = False,
 ) -> Iterator[Batch]:
     """Some held-out rows, spread over the whole split, with masks that never change.
 
@@ -236,6 +246,7 @@ def held_out_batches(
         world_size: Number of ranks.
         with_labels: Whether an objective reads labels.
         all_targets: Whether all real positions are targets, as in `make_batch`.
+        isolate: Whether documents of a row are kept apart, as in `make_batch`.
 
     Raises:
         ValueError: If there are fewer rows than ranks.
@@ -256,6 +267,7 @@ def held_out_batches(
             epochs=0,
             with_labels=with_labels,
             all_targets=all_targets,
+            isolate=isolate,
         )
         for start in range(0, available - size * world_size + 1, size * world_size)
     )

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dsdistill.core import Batch, Features, Signal
+from dsdistill.models.documents import attend_within, borders_of, positions_of
 from dsdistill.models.families import encoder_of, layer_class, layer_list
 
 ATTENTION = "dsdistill"
@@ -71,10 +72,14 @@ _recorder: _Recorder | None = None
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
+    # transformers hands flash attention's exclusive bound down: a query sees keys at |i - j| <= sliding_window - 1
+    window = kwargs.get("sliding_window")
+    window = None if window is None else window - 1
     if _recorder is not None:
-        # transformers hands flash attention's exclusive bound down: a query sees keys at |i - j| <= sliding_window - 1
-        window = kwargs.get("sliding_window")
-        _recorder.put_attention(query, key, value, kwargs.get("scaling"), None if window is None else window - 1)
+        _recorder.put_attention(query, key, value, kwargs.get("scaling"), window)
+    if attention_mask is not None and attention_mask.ndim == 1:
+        options = {"scaling": kwargs.get("scaling"), "dropout": kwargs.get("dropout", 0.0), "window": window}
+        return attend_within(query, key, value, attention_mask, **options), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -82,9 +87,12 @@ def _attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """SDPA's mask, without asking the device whether a mask that we were given hides anything.
 
     Where nothing is to be hidden there is none, also under `torch.compile`, which would otherwise be handed a mask of
-    True everywhere and leave flash attention for it.
+    True everywhere and leave flash attention for it. Borders of documents, which stand in a mask's place, stay.
     """
-    if kwargs.get("attention_mask") is not None:
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 1:
+        return mask
+    if mask is not None:
         kwargs["allow_is_bidirectional_skip"] = False
     elif kwargs.get("allow_is_bidirectional_skip"):
         window = kwargs.get("local_size")
@@ -194,7 +202,10 @@ class Captured(nn.Module):
         global _recorder
         wants_logits = "logits" in self.wanted
         inputs: dict[str, Tensor] = {"input_ids": batch.input_ids}
-        if batch.padded:
+        if batch.segments is not None:
+            inputs["attention_mask"] = borders_of(batch)
+            inputs["position_ids"] = positions_of(batch.segments, encoder_of(self.model).config)
+        elif batch.padded:
             inputs["attention_mask"] = batch.mask
         if self.takes_token_types and batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids

@@ -266,10 +266,7 @@ def compare_maps(
     t: int,
     **options: object,
 ) -> Any:
-    """A function such as `attention_kl` on one layer pair.
-
-    Documents packed into one row attend to each other, as in the models themselves: no `segments`.
-    """
+    """A function such as `attention_kl` on one layer pair, within documents where the batch tells them apart."""
     return function(
         student.at("query", s),
         student.at("key", s),
@@ -278,6 +275,7 @@ def compare_maps(
         batch.mask,
         student_scaling=student.scaling[s],
         teacher_scaling=teacher.scaling[t],
+        segments=batch.segments,
         window=shared_window(student, teacher, s, t),
         **options,
     )

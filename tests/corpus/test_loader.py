@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from dsdistill.core import Batch
+from dsdistill.core import Batch, document_borders
 from dsdistill.corpus.loader import held_out_batches, train_batches
 from dsdistill.corpus.masking import Masker
 from dsdistill.corpus.prepare import prepare
@@ -27,7 +27,14 @@ def corpus(corpus_dir):
 
 def load(corpus, masker, *, world_size=1, micro_batch=12, ranks=None, **changes) -> list[list[Batch]]:
     """Batches of each rank."""
-    arguments = {"seed": 3, "global_batch": 24, "first_step": 0, "last_step": 4, "num_workers": 0} | changes
+    arguments = {
+        "seed": 3,
+        "global_batch": 24,
+        "first_step": 0,
+        "last_step": 4,
+        "num_workers": 0,
+        "isolate": True,
+    } | changes
     return [
         list(train_batches(corpus, masker, micro_batch=micro_batch, rank=rank, world_size=world_size, **arguments))
         for rank in (range(world_size) if ranks is None else ranks)
@@ -69,7 +76,15 @@ def test_batches_hold_what_they_say(corpus, masker):
         assert torch.equal(batch.labels[chosen], torch.from_numpy(original.input_ids)[chosen])
         assert torch.equal(batch.input_ids[~chosen], torch.from_numpy(original.input_ids)[~chosen])
         assert torch.equal(batch.segments, torch.from_numpy(original.segments))
+        assert torch.equal(batch.borders, document_borders(batch.segments, batch.mask))
         assert batch.token_type_ids is None
+
+
+def test_documents_are_told_apart_only_if_they_are_to_be_isolated(corpus, masker):
+    for apart, together in zip(load(corpus, masker)[0], load(corpus, masker, isolate=False)[0], strict=True):
+        assert together.segments is None
+        assert together.borders is None
+        assert torch.equal(apart.input_ids, together.input_ids)
 
 
 def test_an_epoch_has_every_row_once_and_the_next_one_other_masks(corpus, masker):

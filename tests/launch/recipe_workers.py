@@ -15,6 +15,7 @@ RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 PER_RECIPE = {
     "mobilebert": ["student.overrides={hidden_size: 16, intermediate_size: 32}"],
     "minilmv2": ["objectives.0.relation_heads=8"],
+    "long_context": ["student.init=[1, 4]", "objectives.0.relation_heads=8", "objectives.1.layers=[[1, 1], [2, 4]]"],
     "quickstart": ["objectives.0.relation_heads=8", "corpus.prepare=null"],
 }
 """What a teacher of width 32 with 4 heads asks for; everything else runs as shipped."""
