@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Signal = Literal["query", "key", "value", "hidden", "logits"]
+Signal = Literal["query", "key", "value", "bias", "hidden", "logits"]
 
 Problem = Literal["classification", "regression", "multi_label"]
 """What a task's labels are: one of C classes, a real number, or for each of C classes yes or no."""
@@ -111,7 +111,8 @@ class Features(NamedTuple):
 
     Attributes:
         signals: query, key, value (B, H, L, D) by layer, heads split and, for rotary models, rotated;
-            hidden (B, L, E) by layer; logits (N, V) at `Batch.targets`, or (B, C) in a task, under layer -1.
+            bias (B or 1, H, L, L) by layer, what a family adds to its attention scores, absent in families that add
+            nothing; hidden (B, L, E) by layer; logits (N, V) at `Batch.targets`, or (B, C) in a task, under layer -1.
         scaling: Factor on query-key products before the softmax, by layer.
         windows: For layers with local attention, the largest distance |i - j| that attends; others are absent.
     """
@@ -131,6 +132,14 @@ class Features(NamedTuple):
         except KeyError:
             got = {name: sorted(layers) for name, layers in self.signals.items()}
             raise KeyError(f"{signal} of layer {layer} was not captured; captured: {got}") from None
+
+    def bias(self, layer: int) -> Tensor | None:
+        """What a layer adds to its attention scores; None in families that add nothing.
+
+        Raises:
+            KeyError: If it adds something that was not captured.
+        """
+        return self.at("bias", layer) if "bias" in self.signals else None
 
     @property
     def logits(self) -> Tensor:

@@ -41,25 +41,30 @@ def visible(b, i, mask, segments=None, window=None):
     ]
 
 
-def attention_kl(sq, sk, tq, tk, mask, s_scale, t_scale, segments=None, window=None):
+def score(q, k, scale, bias, b, h, i, j):
+    """One attention score; a bias is [b][h][i][j]."""
+    return scale * dot(q[b][h][i], k[b][h][j]) + (bias[b][h][i][j] if bias else 0.0)
+
+
+def attention_kl(sq, sk, tq, tk, mask, s_scale, t_scale, segments=None, window=None, s_bias=None, t_bias=None):
     rows = []
     for b in range(len(mask)):
         for h in range(len(sq[b])):
             for i in real(mask[b]):
                 keys = visible(b, i, mask, segments, window)
-                p = softmax([t_scale * dot(tq[b][h][i], tk[b][h][j]) for j in keys])
-                q = softmax([s_scale * dot(sq[b][h][i], sk[b][h][j]) for j in keys])
+                p = softmax([score(tq, tk, t_scale, t_bias, b, h, i, j) for j in keys])
+                q = softmax([score(sq, sk, s_scale, s_bias, b, h, i, j) for j in keys])
                 rows.append(kl(p, q))
     return mean(rows)
 
 
-def attention_mse(sq, sk, tq, tk, mask, s_scale, t_scale, segments=None, window=None):
+def attention_mse(sq, sk, tq, tk, mask, s_scale, t_scale, segments=None, window=None, s_bias=None, t_bias=None):
     squares = []
     for b in range(len(mask)):
         for h in range(len(sq[b])):
             for i in real(mask[b]):
                 for j in visible(b, i, mask, segments, window):
-                    gap = s_scale * dot(sq[b][h][i], sk[b][h][j]) - t_scale * dot(tq[b][h][i], tk[b][h][j])
+                    gap = score(sq, sk, s_scale, s_bias, b, h, i, j) - score(tq, tk, t_scale, t_bias, b, h, i, j)
                     squares.append(gap * gap)
     return mean(squares)
 
@@ -204,14 +209,14 @@ def logit_pearson(s, t, temperature):
     return inter * temperature**2, intra * temperature**2
 
 
-def attention_pearson(sq, sk, tq, tk, mask, s_scale, t_scale):
+def attention_pearson(sq, sk, tq, tk, mask, s_scale, t_scale, s_bias=None, t_bias=None):
     """Along keys, along queries, along heads."""
     keys_groups, query_groups, head_groups = [], [], []
     for b in range(len(mask)):
         places = real(mask[b])
         maps = [
-            [[softmax([scale * dot(q[b][h][i], k[b][h][j]) for j in places]) for i in places] for h in range(len(q[b]))]
-            for q, k, scale in ((sq, sk, s_scale), (tq, tk, t_scale))
+            [[softmax([score(*side, b, h, i, j) for j in places]) for i in places] for h in range(len(sq[b]))]
+            for side in ((sq, sk, s_scale, s_bias), (tq, tk, t_scale, t_bias))
         ]
         heads, n = range(len(sq[b])), range(len(places))
         for h in heads:

@@ -37,6 +37,8 @@ def attention_kl(
     *,
     student_scaling: float,
     teacher_scaling: float,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     segments: Tensor | None = None,
     window: int | None = None,
     reduction: Reduction = "mean",
@@ -56,6 +58,8 @@ def attention_kl(
         mask: bool (B, L), True = real. Padded keys have probability 0 on both sides, padded queries do not count.
         student_scaling: Factor on the student's products of query and key.
         teacher_scaling: The same for the teacher.
+        student_bias: Added to the student's scores, (B or 1, H, L, L), plain only; gradients flow.
+        teacher_bias: The same for the teacher; treated as constant.
         segments: int (B, L), document numbers; if given, attention never crosses documents.
         window: Largest |i - j| that attends, in both models; None for all.
         reduction: `mean`, or `study`: padded queries count, both in the sum and in the division.
@@ -68,7 +72,8 @@ def attention_kl(
     Raises:
         ValueError: If the numbers of heads differ, or `kernel: fused` cannot be used.
     """
-    maps = Maps(student_query, student_key, teacher_query, teacher_key, student_scaling, teacher_scaling)
+    scalings, biases = (student_scaling, teacher_scaling), (student_bias, teacher_bias)
+    maps = Maps(student_query, student_key, teacher_query, teacher_key, *scalings, *biases)
     queries = counted(mask, reduction)
     total = divergence_sum(maps, Limits(queries, mask, segments, window, padded), kernel)
     return total / (queries.sum() * student_query.shape[1]).clamp(min=1)
@@ -83,6 +88,8 @@ def attention_mse(
     *,
     student_scaling: float,
     teacher_scaling: float,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     segments: Tensor | None = None,
     window: int | None = None,
     reduction: Reduction = "mean",
@@ -103,6 +110,8 @@ def attention_mse(
         mask: bool (B, L), True = real.
         student_scaling: As in `attention_kl`.
         teacher_scaling: As in `attention_kl`.
+        student_bias: As in `attention_kl`.
+        teacher_bias: As in `attention_kl`.
         segments: As in `attention_kl`.
         window: As in `attention_kl`.
         reduction: `mean`, or `study`: padded queries count, and the division is by all B * H * L * L.
@@ -115,15 +124,19 @@ def attention_mse(
     Raises:
         ValueError: As in `attention_kl`.
     """
-    maps = Maps(student_query, student_key, teacher_query, teacher_key, student_scaling, teacher_scaling)
+    scalings, biases = (student_scaling, teacher_scaling), (student_bias, teacher_bias)
+    maps = Maps(student_query, student_key, teacher_query, teacher_key, *scalings, *biases)
     limits = Limits(counted(mask, reduction), mask, segments, window, padded)
     total = squares_sum(maps, limits, kernel)
     places = mask.numel() * mask.shape[1] if reduction == "study" else count_pairs(limits).clamp(min=1)
     return total / (places * student_query.shape[1])
 
 
+BIASED = "a model adds a bias to its attention scores, which the fused kernel does not know"
+
+
 class Maps(NamedTuple):
-    """Queries and keys of both models, heads split, and the factors on their products; the teacher's are constants."""
+    """What the scores of both models are: factor * query @ key.T + bias, heads split; the teacher's are constants."""
 
     student_query: Tensor
     student_key: Tensor
@@ -131,6 +144,8 @@ class Maps(NamedTuple):
     teacher_key: Tensor
     student_scaling: float
     teacher_scaling: float
+    student_bias: Tensor | None = None
+    teacher_bias: Tensor | None = None
 
     def fused(self, kernel: Kernel) -> bool:
         """Whether the fused implementation compares them.
@@ -139,6 +154,10 @@ class Maps(NamedTuple):
             ValueError: If nothing can compare them, or `fused` cannot.
         """
         check_head_counts(self.student_query.shape[1], self.teacher_query.shape[1])
+        if self.student_bias is not None or self.teacher_bias is not None:
+            if kernel == "fused":
+                raise ValueError(f"kernel: fused cannot be used: {BIASED}; use auto or plain")
+            return False
         return use_fused(kernel, (self.student_query, self.student_key), (self.teacher_query, self.teacher_key))
 
 
@@ -190,15 +209,31 @@ def _fused_sum(measure: Literal["kl", "mse"], maps: Maps, limits: Limits) -> Ten
 
 def _sum_over_maps(compare: Callable[[Tensor, Tensor, Tensor], Tensor], maps: Maps, limits: Limits) -> Tensor:
     """Sum of `compare(student scores, teacher scores, allowed)` over the batch, a few rows at a time."""
+    B, H, L, _ = maps.student_query.shape
 
-    def chunk(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, queries: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
-        student = attention_scores(sq, sk, queries, keys, maps.student_scaling)
-        return compare(student, attention_scores(tq, tk, queries, keys, maps.teacher_scaling), allowed)
+    def rows_of(bias: Tensor | None) -> Tensor:
+        """A bias with as many rows as the batch; without one, rows of nothing."""
+        return maps.student_query.new_empty(B, 0) if bias is None else bias.expand(B, -1, -1, -1)
 
-    _, H, L, _ = maps.student_query.shape
+    def chunk(
+        sq: Tensor,
+        sk: Tensor,
+        sb: Tensor,
+        tq: Tensor,
+        tk: Tensor,
+        tb: Tensor,
+        queries: Tensor,
+        keys: Tensor,
+        ok: Tensor,
+    ) -> Tensor:
+        student = attention_scores(sq, sk, queries, keys, maps.student_scaling, sb if sb.numel() else None)
+        teacher = attention_scores(tq, tk, queries, keys, maps.teacher_scaling, tb if tb.numel() else None)
+        return compare(student, teacher, ok)
+
     allowed = allowed_pairs(limits.queries, limits.keys, limits.segments, limits.window)
-    constants = (maps.teacher_query.detach(), maps.teacher_key.detach(), limits.queries, limits.keys, allowed)
-    return sum_over_rows(chunk, *maps[:2], *constants, elements_per_row=H * L * L)
+    student = (maps.student_query, maps.student_key, rows_of(maps.student_bias))
+    teacher = (maps.teacher_query.detach(), maps.teacher_key.detach(), rows_of(maps.teacher_bias).detach())
+    return sum_over_rows(chunk, *student, *teacher, limits.queries, limits.keys, allowed, elements_per_row=H * L * L)
 
 
 def equal_heads(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, **_: object) -> None:
@@ -213,8 +248,8 @@ def equal_heads(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, **_
 
 @objective(
     "att_kl",
-    student={"query", "key"},
-    teacher={"query", "key"},
+    student={"query", "key", "bias"},
+    teacher={"query", "key", "bias"},
     head=equal_heads,
     equation="mean_{real i, heads} KL(softmax(A^T_i) || softmax(A^S_i)), A = scaling * Q K^T",
     paper="MiniLM, arXiv:2002.10957, sec. 3.1; study arXiv:2305.15032, Att-KL",
@@ -236,8 +271,8 @@ def att_kl(
 
 @objective(
     "att_mse",
-    student={"query", "key"},
-    teacher={"query", "key"},
+    student={"query", "key", "bias"},
+    teacher={"query", "key", "bias"},
     head=equal_heads,
     equation="mean_{real i, j, heads} (A^S_ij - A^T_ij)^2, A = scaling * Q K^T before softmax",
     paper="TinyBERT, arXiv:1909.10351, eq. 7; study arXiv:2305.15032, Att-MSE",
@@ -276,6 +311,8 @@ def compare_maps(
         student_scaling=student.scaling[s],
         teacher_scaling=teacher.scaling[t],
         segments=batch.segments,
+        student_bias=student.bias(s),
+        teacher_bias=teacher.bias(t),
         window=shared_window(student, teacher, s, t),
         **options,
     )
@@ -297,14 +334,22 @@ def shared_window(student: Features, teacher: Features, s: int, t: int) -> int |
 
 
 def attention_scores(
-    query_BHLD: Tensor, key_BHLD: Tensor, queries_BL: Tensor, keys_BL: Tensor, scaling: float
+    query_BHLD: Tensor,
+    key_BHLD: Tensor,
+    queries_BL: Tensor,
+    keys_BL: Tensor,
+    scaling: float,
+    bias_BHLL: Tensor | None = None,
 ) -> Tensor:
     """Attention scores (B, H, L, L) without anything from padding; keys of grouped queries are repeated."""
     check_groups(query_BHLD.shape[1], key_BHLD.shape[1])
     group = query_BHLD.shape[1] // key_BHLD.shape[1]
     query = zero_outside(query_BHLD, queries_BL[:, None, :, None])
     key = zero_outside(key_BHLD, keys_BL[:, None, :, None])
-    return inner_products(query, key.repeat_interleave(group, dim=1) if group > 1 else key, scaling)
+    scores = inner_products(query, key.repeat_interleave(group, dim=1) if group > 1 else key, scaling)
+    if bias_BHLL is None:
+        return scores
+    return scores + zero_outside(bias_BHLL, (queries_BL[:, :, None] & keys_BL[:, None, :])[:, None])
 
 
 def allowed_pairs(

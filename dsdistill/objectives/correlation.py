@@ -102,6 +102,8 @@ def attention_pearson(
     *,
     student_scaling: float,
     teacher_scaling: float,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     segments: Tensor | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +120,8 @@ def attention_pearson(
         mask: bool (B, L), True = real.
         student_scaling: As in `attention_kl`.
         teacher_scaling: As in `attention_kl`.
+        student_bias: As in `attention_kl`.
+        teacher_bias: As in `attention_kl`.
         segments: As in `attention_kl`.
         window: As in `attention_kl`.
 
@@ -129,8 +133,15 @@ def attention_pearson(
     """
     check_head_counts(student_query.shape[1], teacher_query.shape[1])
     allowed = allowed_pairs(mask, mask, segments, window)
-    student_scores = attention_scores(student_query, student_key, mask, mask, student_scaling)
-    teacher_scores = attention_scores(teacher_query.detach(), teacher_key.detach(), mask, mask, teacher_scaling)
+    student_scores = attention_scores(student_query, student_key, mask, mask, student_scaling, student_bias)
+    teacher_scores = attention_scores(
+        teacher_query.detach(),
+        teacher_key.detach(),
+        mask,
+        mask,
+        teacher_scaling,
+        None if teacher_bias is None else teacher_bias.detach(),
+    )
     student, teacher = (masked_log_softmax(scores, allowed).exp() for scores in (student_scores, teacher_scores))
     places = allowed.expand_as(student)
     keys, queries, heads = (pearson_distance(student, teacher, places, dim) for dim in (3, 2, 1))
@@ -138,7 +149,7 @@ def attention_pearson(
 
 
 def _signals(*, of: Source, **_: object) -> frozenset[Signal]:
-    return frozenset({"logits"}) if of == "logits" else frozenset({"query", "key"})
+    return frozenset({"logits"}) if of == "logits" else frozenset({"query", "key", "bias"})
 
 
 def _check(

@@ -149,8 +149,8 @@ def val_kl(
 
 @objective(
     "minilm",
-    student={"query", "key", "value"},
-    teacher={"query", "key", "value"},
+    student={"query", "key", "value", "bias"},
+    teacher={"query", "key", "value", "bias"},
     head=equal_heads,
     equation="att_kl + val_kl",
     paper="MiniLM, arXiv:2002.10957, sec. 3.2; study arXiv:2305.15032, Att-KL + Val-KL",

@@ -62,10 +62,16 @@ def attention(function) -> Callable[[World], float]:
                 world.batch.mask.tolist(),
                 world.student.scaling[s],
                 world.teacher.scaling[t],
+                s_bias=biases(world.student, s),
+                t_bias=biases(world.teacher, t),
             ),
         )
 
     return value
+
+
+def biases(values, layer: int) -> list | None:
+    return None if values.bias(layer) is None else lists(values, "bias", layer)
 
 
 def relation(left: str, right: str, heads: int) -> Callable[[World], float]:
@@ -158,7 +164,7 @@ def logit_pearson(part: int, temperature: float, factor: float = 1.0) -> Callabl
 
 
 def attention_pearson(part: int) -> Callable[[World], float]:
-    return attention(lambda *args: oracles.attention_pearson(*args)[part])
+    return attention(lambda *args, **biases: oracles.attention_pearson(*args, **biases)[part])
 
 
 def pooled(function, pooling: str, *args) -> Callable[[World], dict[str, float]]:
@@ -208,6 +214,7 @@ def contrast(kind: str, pooling: str, temperature: float, *, memory: int = 0, ot
     return term(hid_contrast=value)
 
 
+BIASED = {"bias": True}
 TASK = {"task": True}
 SAME_WIDTH = {"student": TEACHER, "teacher": TEACHER}
 ALL_LAYERS = LayerPairs((1, 2, 3), (1, 2, 3), combine=True)
@@ -216,6 +223,8 @@ OTHERS = {"student": OTHER_HEADS, "teacher": TEACHER}
 
 CASES = [
     Case(id="att_kl", name="att_kl", oracle=term(att_kl=attention(oracles.attention_kl))),
+    Case(id="att_kl-bias", name="att_kl", world=BIASED, oracle=term(att_kl=attention(oracles.attention_kl))),
+    Case(id="att_mse-bias", name="att_mse", world=BIASED, oracle=term(att_mse=attention(oracles.attention_mse))),
     Case(id="att_mse", name="att_mse", oracle=term(att_mse=attention(oracles.attention_mse))),
     Case(id="val_kl", name="val_kl", oracle=term(val_kl=relation("value", "value", 2))),
     Case(id="val_kl-other-heads", name="val_kl", world=OTHERS, oracle=term(val_kl=relation("value", "value", 2))),
@@ -337,6 +346,7 @@ CASES = [
         id="pearson-attention",
         name="pearson",
         params={"of": "attention"},
+        world=BIASED,
         oracle=term(
             along_keys=attention_pearson(0), along_queries=attention_pearson(1), along_heads=attention_pearson(2)
         ),

@@ -225,3 +225,24 @@ def test_head_counts_of_shapes_are_checked_by_width():
     find_objective("val_kl").make_head(OTHER_HEADS, TEACHER, PAIRS, {})
     with pytest.raises(ValueError, match="does not divide"):
         find_objective("val_kl").make_head(shape(1, 3, 3), TEACHER, PAIRS, {})
+
+
+@pytest.mark.parametrize("function", [attention_kl, attention_mse])
+def test_a_bias_shared_by_all_rows_is_the_same_bias_in_each(maps, function, monkeypatch):
+    """Also where rows are taken a few at a time, and in what the bias learns."""
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", 2 * 2 * 6 * 6)
+    shared = random(1, 2, 6, 6, seed=7).requires_grad_()
+    theirs = random(1, 2, 6, 6, seed=8)
+    losses = [
+        function(*maps, MASK, **SCALES, student_bias=ours, teacher_bias=other)
+        for ours, other in ((shared, theirs), (shared.expand(3, -1, -1, -1), theirs.expand(3, -1, -1, -1)))
+    ]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, shared)[0] for loss in losses]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=0)
+    assert not torch.equal(losses[0], function(*maps, MASK, **SCALES, teacher_bias=theirs))
+
+
+def test_a_bias_has_no_fused_kernel(maps):
+    with pytest.raises(ValueError, match=r"kernel: fused cannot be used: a model adds a bias"):
+        attention_kl(*maps, MASK, **SCALES, teacher_bias=random(1, 2, 6, 6, seed=8), kernel="fused")

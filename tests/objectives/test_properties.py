@@ -78,8 +78,10 @@ def with_garbage(world: World, extra: int, garbage: float) -> World:
     def spoil(signal: str, tensor: Tensor) -> Tensor:
         if signal == "logits":
             return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        padded = F.pad(tensor.detach(), (0, 0, 0, extra))
+        padded = F.pad(tensor.detach(), (0, extra if signal == "bias" else 0, 0, extra))
         real = mask[..., None] if signal == "hidden" else mask[:, None, :, None]
+        if signal == "bias":
+            real = real & mask[:, None, None, :]
         return torch.where(real, padded, garbage).requires_grad_(tensor.requires_grad)
 
     labels = world.batch.labels
@@ -108,8 +110,10 @@ def test_padding_changes_neither_value_nor_gradient(case: Case, garbage):
         if gradient.shape == other.shape:
             close(other, gradient)
         else:
-            close(other[..., :length, :], gradient)
-            close(other[..., length:, :], torch.zeros_like(other[..., length:, :]))
+            kept = (..., slice(length), slice(gradient.shape[-1]))
+            close(other[kept], gradient)
+            other[kept] = 0
+            close(other, torch.zeros_like(other))
 
 
 def take_rows(world: World, rows: Tensor) -> World:

@@ -47,7 +47,15 @@ class World:
 
 
 def features(
-    sizes: ModelShape, B: int, L: int, outputs: int, generator: torch.Generator, *, rows: int | None, size: float
+    sizes: ModelShape,
+    B: int,
+    L: int,
+    outputs: int,
+    generator: torch.Generator,
+    *,
+    rows: int | None,
+    size: float,
+    bias: bool,
 ) -> Features:
     def random(*dims: int) -> Tensor:
         return torch.randn(*dims, dtype=torch.float64, generator=generator) * size
@@ -56,6 +64,8 @@ def features(
     signals = {
         name: {i: random(B, sizes.num_heads, L, sizes.head_width) for i in layers} for name in ("query", "key", "value")
     }
+    if bias:
+        signals["bias"] = {i: random(B, sizes.num_heads, L, L) for i in layers}
     signals["hidden"] = {i: random(B, L, sizes.width) for i in [0, *layers]}
     signals["logits"] = {-1: random(B if rows is None else rows, outputs)}
     return Features(signals=signals, scaling=dict.fromkeys(layers, sizes.head_width**-0.5))
@@ -73,6 +83,7 @@ def make_world(
     labels: str = "classes",
     same: bool = False,
     size: float = 1.0,
+    bias: bool = False,
     seed: int = 0,
 ) -> World:
     """Random features for rows of these real lengths.
@@ -88,6 +99,7 @@ def make_world(
         labels: Of a task: `classes`, `real` numbers, or `multi`, a 0 or 1 for each class.
         same: The student says exactly what the teacher says, in every layer pair.
         size: Standard deviation of all signals.
+        bias: Both models add something to their attention scores.
         seed: Of everything random.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -109,8 +121,8 @@ def make_world(
         targets=None if task else targets,
     )
     rows = None if task else len(targets)
-    theirs = features(teacher, B, length, outputs, generator, rows=rows, size=size)
-    ours = features(student, B, length, outputs, generator, rows=rows, size=size)
+    theirs = features(teacher, B, length, outputs, generator, rows=rows, size=size, bias=bias)
+    ours = features(student, B, length, outputs, generator, rows=rows, size=size, bias=bias)
     if same:
         ours = equal(ours, theirs, pairs)
     problem = {"classes": "classification", "real": "regression", "multi": "multi_label"}[labels]
@@ -151,6 +163,7 @@ def only_needed(world: World, name: str, params: Mapping[str, Any]) -> World:
                 if signal == "logits" or layer in layers
             }
             for signal in sorted(signals)
+            if signal in values.signals
         }
         return values._replace(signals=kept)
 
