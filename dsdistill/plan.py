@@ -14,10 +14,9 @@ from dsdistill.config.recipe import AnyRecipe, Pace, Recipe, TaskRecipe
 from dsdistill.config.sections import StudentSettings, Term
 from dsdistill.core import ModelShape, Problem
 from dsdistill.locate import Source
-from dsdistill.models.capture import Wanted
-from dsdistill.models.families import max_length, shape_of
+from dsdistill.models.families import Wanted, available, family_of, max_length, shape_of
 from dsdistill.models.loading import has_masked_lm_architecture, has_task_architecture, load_config, task_config
-from dsdistill.models.student import check_start, student_config
+from dsdistill.models.student import check_recomputes, check_start, student_config
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.objectives.registry import find_objective
 from dsdistill.plan_rows import row_problems, rows_of
@@ -137,6 +136,11 @@ def make_task_plan(
         )
         if stage is not None and any(term.objective.name == "mlm" for term in stage.terms):
             problems.found.append(f"stage {stage.name}: mlm needs masked text, which a task has not; drop it")
+        if stage is not None and "bias" in stage.teacher_wants and recipe.teacher.cache == "all":
+            problems.found.append(
+                f"stage {stage.name}: teacher.cache: all cannot keep what {family_of(models.teacher).title} adds to "
+                "its attention scores; use teacher.cache: logits"
+            )
         stages.append(stage)
     return finish_plan(recipe, models, stages, problems)
 
@@ -211,6 +215,8 @@ def plan_models(
     if student is None or misplaced:  # objectives on layers that do not exist would only repeat it
         return Models(source, teacher, None, layers)
     problems.of(lambda: check_start(teacher, student, resize=settings.resize, init_from=settings.init_from))
+    if settings.activation_checkpointing:
+        problems.of(lambda: check_recomputes(student))
     return Models(source, teacher, student, layers)
 
 
@@ -235,16 +241,46 @@ def plan_stage(
     terms = problems.of(lambda: bind_terms(objectives, *shapes, initial=models.layers, problem=problem))
     if terms is None or filled is None:
         return None
-    student_wants, teacher_wants = wanted_signals(terms)
+    configs = (models.student, models.teacher)
+    student_wants, teacher_wants = map(available, configs, wanted_signals(terms))
+    problems.found += kernel_problems(terms, configs)
     return StagePlan(
         name=name,
         pace=pace,
         engine_config=filled[0],
-        notes=tuple(filled[1]),
+        notes=(*filled[1], *bias_notes(student_wants, teacher_wants, configs)),
         terms=terms,
         student_wants=student_wants,
         teacher_wants=teacher_wants,
     )
+
+
+Configs = tuple[PreTrainedConfig, PreTrainedConfig]
+"""Of student and teacher."""
+
+
+def kernel_problems(terms: Iterable[BoundTerm], configs: Configs) -> list[str]:
+    """Objectives for which the fused kernel is demanded, but which it cannot compute for these families."""
+    biased = [family for family in map(family_of, configs) if family.bias is not None]
+    return [
+        f"{term.label}: kernel: fused cannot be used, because {biased[0].title} adds {biased[0].bias} to its attention "
+        "scores; use kernel: auto"
+        for term in terms
+        if biased
+        and term.params.get("kernel") == "fused"
+        and any("bias" in s for s in term.objective.needs(term.params))
+    ]
+
+
+def bias_notes(student: Wanted, teacher: Wanted, configs: Configs) -> list[str]:
+    """Which attention scores have a bias and are therefore compared without the fused kernel."""
+    named = {
+        f"{family_of(config).title} adds {family_of(config).bias} to its attention scores: the objectives on them "
+        "count it, and use the plain implementation"
+        for wants, config in zip((student, teacher), configs, strict=True)
+        if "bias" in wants
+    }
+    return sorted(named)
 
 
 def finish_plan(

@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import MODEL_MAPPING, PreTrainedConfig
 
 from dsdistill.core import Batch, document_borders
-from dsdistill.models.families import POSITIONS_AFTER_PADDING
+from dsdistill.models.families import family_of, first_position
 
 FLASH_WIDTH = 256
 """The widest head of flash attention; widths are multiples of 8."""
@@ -35,8 +35,7 @@ def positions_of(segments: Tensor, config: PreTrainedConfig) -> Tensor:
     """Position ids that begin anew in each document, as if it stood alone in its row; int64 (B, L)."""
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    positions = index - torch.where(begins, index, 0).cummax(1).values
-    return positions + config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else positions
+    return index - torch.where(begins, index, 0).cummax(1).values + first_position(config)
 
 
 def isolation_problem(config: PreTrainedConfig) -> str | None:
@@ -45,7 +44,7 @@ def isolation_problem(config: PreTrainedConfig) -> str | None:
     encoder = encoder[0] if isinstance(encoder, tuple) else encoder
     if encoder is None:
         return None  # code that came with the model, which tells at its first forward
-    if not encoder._supports_attention_backend:
+    if not encoder._supports_attention_backend and not family_of(config).own_attention:
         reason = "keeps attention code of its own, which knows no documents"
     elif "position_ids" not in inspect.signature(encoder.forward).parameters:
         reason = "takes no position ids, which have to begin anew in each document"

@@ -6,12 +6,80 @@ its attention through the attention interface needs no entry of its own.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dsdistill.core import ModelShape
+from dsdistill.core import ModelShape, Signal
+
+Wanted = Mapping[Signal, Collection[int]]
+"""Layers by signal; logits under layer -1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What the code knows about one family.
+
+    Attributes:
+        title: Its name for people.
+        tested: The class that the tests build.
+        own_attention: Whether it does not use the attention interface; `own_attention.py` then has its attention.
+        bias: What its attention adds to the scores, in words; None if they are scaled products only.
+        layer: Name of the class of its layers, where the model class does not say.
+        projections: Names of the query, key and value projections of an attention module, called in this order on one
+            tensor, so that a frozen model can join them; empty where it does so itself or calls them otherwise.
+        first_position: Position id of a row's first token; None if it is `pad_token_id + 1`. So many tokens fewer fit
+            than there are position embeddings.
+    """
+
+    title: str
+    tested: str
+    own_attention: bool = False
+    bias: str | None = None
+    layer: str | None = None
+    projections: tuple[str, ...] = ("query", "key", "value")
+    first_position: int | None = 0
+
+
+FAMILIES: dict[str, Family] = {
+    "albert": Family(title="ALBERT", tested="AlbertForMaskedLM"),
+    "bert": Family(title="BERT", tested="BertForMaskedLM"),
+    "camembert": Family(title="CamemBERT", tested="CamembertForMaskedLM", first_position=None),
+    "distilbert": Family(title="DistilBERT", tested="DistilBertForMaskedLM", projections=("q_lin", "k_lin", "v_lin")),
+    "electra": Family(title="ELECTRA", tested="ElectraForMaskedLM"),
+    "modernbert": Family(title="ModernBERT", tested="ModernBertForMaskedLM", projections=()),
+    "mpnet": Family(
+        title="MPNet",
+        tested="MPNetForMaskedLM",
+        own_attention=True,
+        bias="a learned number per head and distance",
+        layer="MPNetLayer",
+        projections=("q", "k", "v"),
+        first_position=2,
+    ),
+    "roberta": Family(title="RoBERTa", tested="RobertaForMaskedLM", first_position=None),
+    "xlm-roberta": Family(title="XLM-R", tested="XLMRobertaForMaskedLM", first_position=None),
+}
+"""By `model_type`. Families that use the attention interface, tell their layers and project as BERT need no entry."""
+
+ANY = Family(title="any other that uses the attention interface", tested="")
+"""What is assumed of a family without an entry."""
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """What the code knows about the family of a model."""
+    return FAMILIES.get(config.model_type, ANY)
+
+
+def available(config: PreTrainedConfig, wanted: Wanted) -> dict[Signal, tuple[int, ...]]:
+    """The wanted signals that such a model has: all, except the bias where its attention adds none."""
+    biased = family_of(config).bias is not None
+    return {
+        signal: tuple(sorted(layers)) for signal, layers in wanted.items() if layers and (biased or signal != "bias")
+    }
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
@@ -36,6 +104,9 @@ def layer_class(model: PreTrainedModel) -> type[nn.Module]:
     Raises:
         ValueError: If this family does not say.
     """
+    named = family_of(encoder_of(model).config).layer
+    if named is not None:
+        return next(type(module) for module in model.modules() if type(module).__name__ == named)
     recorded = (encoder_of(model)._can_record_outputs or {}).get("hidden_states")
     recorded = recorded[0] if isinstance(recorded, (list, tuple)) else recorded
     found = getattr(recorded, "target_class", recorded)
@@ -57,16 +128,23 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
     return None
 
 
-POSITIONS_AFTER_PADDING = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"})
-"""Families that count positions from `pad_token_id + 1`, so that fewer tokens fit than there are embeddings."""
+def hidden_state_modules(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules whose inputs, and those whose outputs, are hidden states of the layers, each called once a layer."""
+    wanted = layer_class(model)
+    layers = [module for module in model.modules() if isinstance(module, wanted)]
+    return layers, layers
+
+
+def first_position(config: PreTrainedConfig) -> int:
+    """Position id of a row's first token."""
+    first = family_of(config).first_position
+    return config.pad_token_id + 1 if first is None else first
 
 
 def max_length(config: PreTrainedConfig) -> int | None:
     """The longest row the model has positions for, or None if it has no such limit."""
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in POSITIONS_AFTER_PADDING:
-        return positions - config.pad_token_id - 1
-    return positions
+    return None if positions is None else positions - first_position(config)
 
 
 def keep_layers(config: PreTrainedConfig, layers: tuple[int, ...]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-PROJECTIONS = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
-"""Names under which attention modules hold their projections and call them, in this order, on one tensor."""
+from dsdistill.models.families import encoder_of, family_of
 
 
 class _Joined(nn.Linear):
@@ -40,22 +40,22 @@ class _Later(nn.Module):
         return result
 
 
-def join_projections(model: nn.Module) -> int:
+def join_projections(model: PreTrainedModel) -> int:
     """Join the projections of every attention module that keeps them apart, in place; its weights are frozen.
 
     Returns:
         How many modules were joined; families that project jointly by themselves have none.
     """
+    names = family_of(encoder_of(model).config).projections
     found = 0
-    for module in list(model.modules()):
-        for names in PROJECTIONS:
-            projections = [getattr(module, name, None) for name in names]
-            linear = [p for p in projections if type(p) is nn.Linear]
-            same = {(p.in_features, p.bias is None) for p in linear}
-            if len(linear) == len(names) and len(same) == 1:
-                joined = _Joined(linear)
-                setattr(module, names[0], joined)
-                for name in names[1:]:
-                    setattr(module, name, _Later(joined))
-                found += 1
+    for module in list(model.modules()) if names else ():
+        projections = [getattr(module, name, None) for name in names]
+        linear = [p for p in projections if type(p) is nn.Linear]
+        same = {(p.in_features, p.bias is None) for p in linear}
+        if len(linear) == len(names) and len(same) == 1:
+            joined = _Joined(linear)
+            setattr(module, names[0], joined)
+            for name in names[1:]:
+                setattr(module, name, _Later(joined))
+            found += 1
     return found

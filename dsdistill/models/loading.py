@@ -29,7 +29,8 @@ from transformers.models.auto.modeling_auto import (
 
 from dsdistill.core import Problem
 from dsdistill.locate import Source
-from dsdistill.models.capture import ATTENTION
+from dsdistill.models.families import FAMILIES, family_of
+from dsdistill.models.recorder import ATTENTION
 
 
 def load_config(source: Source) -> PreTrainedConfig:
@@ -57,6 +58,8 @@ def check_family(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: If the family keeps attention code of its own, or does not say which modules are its layers.
     """
+    if family_of(config).own_attention:
+        return
     classes = MODEL_MAPPING.get(type(config), None)
     for encoder in classes if isinstance(classes, tuple) else (classes,):
         if encoder is None or (
@@ -65,8 +68,8 @@ def check_family(config: PreTrainedConfig) -> None:
             return  # None: code that came with the model, which tells at its first forward
     raise ValueError(
         f"{config.model_type} keeps attention code of its own (not transformers' attention interface), which cannot be "
-        "captured yet; families that can: BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, ALBERT, ModernBERT and others "
-        "that use the interface"
+        f"captured; families that can: {', '.join(family.title for family in FAMILIES.values())} and others that use "
+        "the interface"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from dsdistill.locate import Source
 from dsdistill.models.capture import ATTENTION
@@ -78,6 +78,21 @@ def check_start(
             theirs, ours = getattr(found, name, None), getattr(student, name, None)
             if theirs != ours:
                 raise ValueError(f"student.init_from={str(init_from)!r} has {name} {theirs}, the student {ours}")
+
+
+def check_recomputes(config: PreTrainedConfig) -> None:
+    """Refuse activation checkpointing of models that cannot do it.
+
+    Raises:
+        ValueError: Names the family.
+    """
+    classes = MODEL_MAPPING.get(type(config), None)
+    encoder = classes[0] if isinstance(classes, tuple) else classes
+    if encoder is not None and not encoder.supports_gradient_checkpointing:
+        raise ValueError(
+            f"student.activation_checkpointing: {config.model_type} cannot recompute its layers in transformers; "
+            "drop it"
+        )
 
 
 def restore_dropout(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:

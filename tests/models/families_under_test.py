@@ -6,6 +6,7 @@ from transformers import (
     DistilBertConfig,
     ElectraConfig,
     ModernBertConfig,
+    MPNetConfig,
     PreTrainedConfig,
     RobertaConfig,
     XLMRobertaConfig,
@@ -30,6 +31,7 @@ def tiny_configs() -> dict[str, PreTrainedConfig]:
         "distilbert": DistilBertConfig(dim=32, n_layers=4, n_heads=4, hidden_dim=64, vocab_size=100),
         "electra": ElectraConfig(**SIZES, embedding_size=16),
         "albert": AlbertConfig(**SIZES, embedding_size=16),
+        "mpnet": MPNetConfig(**SIZES),
         "modernbert": ModernBertConfig(
             **SIZES,
             local_attention=8,

@@ -1,0 +1,47 @@
+"""What a plan says of families that add something to their attention scores."""
+
+import pytest
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from dsdistill.config.recipe import check_recipe
+from dsdistill.plan import describe_plan, make_plan
+from dsdistill.training.dist import find_place
+from tests.models.families_under_test import tiny_configs
+
+JSON = {"train_micro_batch_size_per_gpu": 2}
+
+
+@pytest.fixture(scope="module")
+def mpnet_directory(tmp_path_factory, teacher_directory):
+    directory = tmp_path_factory.mktemp("mpnet")
+    config = tiny_configs()["mpnet"]
+    config.vocab_size = 150
+    AutoModelForMaskedLM.from_config(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(teacher_directory).save_pretrained(directory)
+    return directory
+
+
+def plan_of(content, directory, **terms):
+    content["teacher"]["model"] = str(directory)
+    content["objectives"] = [{"objective": "att_kl", **terms}]
+    return make_plan(check_recipe(content, "test"), JSON, find_place())
+
+
+def test_a_position_bias_is_wanted_with_the_scores_and_told(recipe_content, mpnet_directory):
+    plan = plan_of(recipe_content, mpnet_directory)
+    assert plan.stages[0].student_wants["bias"] == (2,)
+    assert plan.stages[0].teacher_wants["bias"] == (4,)
+    assert "MPNet adds a learned number per head and distance" in describe_plan(plan, find_place())
+
+
+def test_families_without_a_bias_are_asked_for_none(recipe_content, teacher_directory):
+    plan = plan_of(recipe_content, teacher_directory, kernel="fused")
+    assert set(plan.stages[0].teacher_wants) == {"query", "key"}
+    assert "adds" not in describe_plan(plan, find_place())
+
+
+def test_everything_that_such_a_family_cannot_do_is_told_at_once(recipe_content, mpnet_directory):
+    recipe_content["student"]["activation_checkpointing"] = True
+    with pytest.raises(ValueError, match="kernel: fused cannot be used, because MPNet adds") as told:
+        plan_of(recipe_content, mpnet_directory, kernel="fused")
+    assert "mpnet cannot recompute its layers" in str(told.value)
