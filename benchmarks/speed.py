@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from transformers import BertConfig, BertModel
 
 from dsdistill.config.sections import OptimizationSettings
@@ -291,6 +292,7 @@ def profile_of(engine: DeepSpeedEngine, train_step: Callable[[], None]) -> str:
         train_step()
         torch.cuda.synchronize()
     device = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
+    device += idle_times(profiler)
     host, step = cProfile.Profile(), engine.step
 
     def watched() -> None:
@@ -303,6 +305,30 @@ def profile_of(engine: DeepSpeedEngine, train_step: Callable[[], None]) -> str:
     told = io.StringIO()
     pstats.Stats(host, stream=told).sort_stats("tottime").print_stats(25)
     return device + told.getvalue()
+
+
+def idle_times(profiler: torch.profiler.profile, at_least_us: float = 30.0) -> str:
+    """When the GPU had nothing to do, between which kernels, and where the host waited for it."""
+    events = profiler.events() or []
+    kernels = sorted(
+        ((e.time_range.start, e.time_range.end, e.name) for e in events if e.device_type == DeviceType.CUDA),
+        key=lambda kernel: kernel[0],
+    )
+    lines, total, busy_until, last = [], 0.0, kernels[0][0], ""
+    for start, end, name in kernels:
+        if start - busy_until > at_least_us:
+            total += start - busy_until
+            lines.append(f"{start - kernels[0][0]:9.0f} {start - busy_until:7.0f}  {last[:70]} -> {name[:70]}")
+        if end > busy_until:
+            busy_until, last = end, name
+    waits = [
+        f"{e.time_range.start - kernels[0][0]:9.0f} {e.time_range.elapsed_us():7.0f}  {e.name}"
+        for e in events
+        if e.device_type == DeviceType.CPU and "Synchronize" in e.name
+    ]
+    whole = kernels[-1][1] - kernels[0][0]
+    head = f"\nGPU idle {total:.0f} of {whole:.0f} us, in pieces over {at_least_us:.0f} us (at, for, between):\n"
+    return head + "\n".join(lines) + "\nhost waits (at, for, call):\n" + "\n".join(waits) + "\n\n"
 
 
 OPTIMIZATION = OptimizationSettings(
@@ -372,8 +398,17 @@ def row(report: dict) -> str:
     )
 
 
+def cell_of(text: str, arguments: argparse.Namespace) -> Cell:
+    """A cell written as `variant objective teacher student length accumulation dtype`."""
+    variant, objective, teacher, student, length, accumulation, dtype = text.split()
+    rows = max(1, arguments.tokens // int(length))
+    return Cell(variant, objective, teacher, student, int(length), rows, int(accumulation), dtype, arguments.zero)
+
+
 def chosen_cells(arguments: argparse.Namespace) -> list[Cell]:
-    """The product of what the flags name, or the cells given one by one."""
+    """The cells given one by one, or the product of what the flags name."""
+    if arguments.cells:
+        return [cell_of(text, arguments) for text in arguments.cells]
     return [
         Cell(
             variant,
@@ -409,6 +444,9 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 2048, 8192])
     parser.add_argument("--accumulation", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument(
+        "--cells", nargs="+", help="instead: 'variant objective teacher student length accumulation type'"
+    )
     parser.add_argument("--tokens", type=int, default=2**15, help="of a micro-batch")
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps that are timed")
@@ -425,7 +463,8 @@ def main() -> None:
     place = find_place()
     start_processes(place)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    rates = {name: matmul_rate(DTYPES[name]) for name in arguments.dtypes}
+    cells = chosen_cells(arguments)
+    rates = {name: matmul_rate(DTYPES[name]) for name in sorted({cell.dtype for cell in cells})}
     machine = [torch.cuda.get_device_name(), f"torch {torch.__version__}", f"commit {commit.strip() or '-'}"]
     machine += [f"{name} product {rate / 1e12:.0f} TFLOP/s" for name, rate in rates.items()]
     columns = ["variant", "objective", "models", "length x rows", "accumulation", "type", "tokens/s", "MFU", "peak GiB"]
@@ -437,7 +476,7 @@ def main() -> None:
     ]
     print("\n".join(head), flush=True)
     reports, lines = [], head
-    for number, cell in enumerate(chosen_cells(arguments)):
+    for number, cell in enumerate(cells):
         profile = arguments.out / f"profile{number}.txt" if arguments.profile else None
         try:
             reports.append(measure(cell, arguments.steps, place.device, rates[cell.dtype], profile))
