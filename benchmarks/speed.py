@@ -2,13 +2,15 @@
 
 Every cell trains a few steps under one DeepSpeed engine on random rows without padding, from pinned memory, with
 dropout 0.1 in the student: `hf` is what people do today (both models in eager attention with `output_attentions=True`),
-`plain` and `fused` are dsdistill with that kernel, `+compile` compiles both models. Times are medians over micro-steps
+`plain` and `fused` are dsdistill with that kernel, `+compile` compiles both models, `+graphs` replays CUDA graphs (the
+parts of its steps are told apart less sharply, for the teacher is asked ahead). Times are medians over micro-steps
 between CUDA events, warm-up excluded; the model FLOPs are those that the objective needs, whoever computes more.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import cProfile
 import dataclasses
 import gc
@@ -20,7 +22,7 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,14 +38,16 @@ from dsdistill.models.capture import ATTENTION, Captured
 from dsdistill.models.families import shape_of
 from dsdistill.models.teacher import ResidentTeacher
 from dsdistill.objectives import find_objective, hidden_mse, relation_kl
+from dsdistill.training.ahead import Asked
 from dsdistill.training.dist import find_place, gather_rows
 from dsdistill.training.distiller import BoundTerm, Distiller, freeze_unreached, wanted_signals
 from dsdistill.training.engine import backward, start_engine, start_processes
+from dsdistill.training.graphs import GraphedLosses, GraphedTeacher
 
 VOCABULARY = 30522
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ZERO: dict[str, object] = {}
-VARIANTS = ("hf", "plain", "plain+compile", "fused", "fused+compile")
+VARIANTS = ("hf", *("".join(v) for v in itertools.product(("plain", "fused"), ("", "+compile"), ("", "+graphs"))))
 OBJECTIVES = ("att_mse", "att_kl", "minilm", "minilmv2", "tinybert")
 PARTS = ("data", "teacher", "student", "objective", "backward", "step")
 
@@ -178,9 +182,12 @@ def build(cell: Cell, device: torch.device, probe: Batch) -> tuple[nn.Module, Ca
         seed=0,
     ).to(device, dtype)
     frozen = freeze_unreached(distiller, probe, resident(probe))
-    if cell.variant.endswith("+compile"):
+    if "+compile" in cell.variant:
         for captured in (resident.captured, distiller.student):
             captured.compile_forward()
+    if "+graphs" in cell.variant:
+        distiller.replay = GraphedLosses(distiller)
+        return distiller, GraphedTeacher(resident), len(frozen)
     return distiller, resident, len(frozen)
 
 
@@ -231,27 +238,31 @@ def measure(cell: Cell, steps: int, device: torch.device, peak_flops: float, pro
     engine = start_engine(module, OPTIMIZATION, engine_config(cell), place)
     engine.train()
     losses = getattr(module, "losses", None)
-    clock = Clock()
-    if losses is not None:
+    clock, graphed = Clock(), isinstance(ask, GraphedTeacher)
+    if losses is not None and not graphed:
 
         def timed(*args, **kwargs):
             clock.mark("objective")
             return losses(*args, **kwargs)
 
         module.losses = timed
-    stream = itertools.cycle(batches)
+    asked = Asked(itertools.cycle(batches), ask, device, ahead=graphed)
+
+    @contextlib.contextmanager
+    def part(name: str) -> Iterator[None]:
+        clock.mark(name)
+        yield
 
     def train_step() -> None:
         for _ in range(cell.accumulation):
-            clock.mark("data")
-            batch = next(stream).to(device)
-            clock.mark("teacher")
-            signals = ask(batch)
+            batch, signals = asked.take(part)
             clock.mark("student")
             total = engine(batch, signals, 0).total
             clock.mark("backward")
             backward(engine, total)
             boundary = engine.is_gradient_accumulation_boundary()
+            if boundary:
+                asked.prepare(lambda name: contextlib.nullcontext())
             clock.mark("step" if boundary else "hooks")
             engine.step()
 

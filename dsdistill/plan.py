@@ -291,6 +291,11 @@ def finish_plan(
     Raises:
         ValueError: With every problem found.
     """
+    graphs = any(stage is not None and stage.engine_config.get("cuda_graphs") for stage in stages)
+    if graphs and recipe.student.activation_checkpointing:
+        problems.found.append(
+            "cuda_graphs: cannot be used with student.activation_checkpointing, which runs layers again; choose one"
+        )
     if problems.found or models.student is None:
         raise problems.error()
     return Plan(

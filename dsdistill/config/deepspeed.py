@@ -33,6 +33,7 @@ MACHINE_KEYS = frozenset(
         "comms_logger",
         "communication_data_type",
         "compile",
+        "cuda_graphs",
         "data_types",
         "disable_allgather",
         "dump_state",
@@ -51,7 +52,8 @@ MACHINE_KEYS = frozenset(
         "zero_force_ds_cpu_optimizer",
     }
 )
-"""Top-level keys of DeepSpeed that make sense here, and our own `torch_compile`: both models' forwards as graphs."""
+"""Top-level keys of DeepSpeed that make sense here, and two of our own: `torch_compile` compiles both models' forwards,
+`cuda_graphs` records the teacher's forward and the student's forward and backward and replays them."""
 
 ELSEWHERE = {
     "optimizer": "the recipe's section `optimization` makes the optimizer",
@@ -128,12 +130,13 @@ def _key_problems(content: Mapping[str, Any]) -> Iterator[str]:
         for name in section:
             if name not in names:
                 yield f"{key}.{name}: unknown key{nearest(name, names)}; DeepSpeed would ignore it silently"
-    compiles = content.get("torch_compile", False)
-    if not isinstance(compiles, bool):
-        yield f"torch_compile: must be true or false, got {compiles!r}"
     zero = content.get("zero_optimization", {})
-    if compiles and isinstance(zero, dict) and zero.get("stage") == 3:
-        yield "torch_compile: cannot be used with ZeRO 3, which collects weights between modules; use ZeRO 0, 1 or 2"
+    for key in ("torch_compile", "cuda_graphs"):
+        value = content.get(key, False)
+        if not isinstance(value, bool):
+            yield f"{key}: must be true or false, got {value!r}"
+        elif value and isinstance(zero, dict) and zero.get("stage") == 3:
+            yield f"{key}: cannot be used with ZeRO 3, which collects weights between modules; use ZeRO 0, 1 or 2"
     fp16, bf16 = (content.get(key, {}) for key in ("fp16", "bf16"))
     if isinstance(fp16, dict) and isinstance(bf16, dict) and fp16.get("enabled") and bf16.get("enabled"):
         yield "fp16 and bf16 are both enabled; choose one"
@@ -211,6 +214,8 @@ def fill_auto(
             if filled.get(key, {}).get("enabled"):
                 notes.append(f"{key} is for GPUs: this CPU trains in float32 instead, without loss scaling")
                 filled[key] = {"enabled": False}
+        if filled.get("cuda_graphs"):
+            notes.append("cuda_graphs is for GPUs: this CPU runs kernel by kernel")
     per_process, rest = divmod(optimization.global_batch, world_size)
     if rest or not per_process:
         raise ValueError(

@@ -16,6 +16,8 @@ from dsdistill.objectives.mapping import layer_pairs
 from dsdistill.objectives.registry import Objective, find_objective
 
 Gather = Callable[[Tensor], Tensor]
+Replay = Callable[[Batch, Features, int], Losses | None]
+"""Losses from a recording of the same computation, or None where there is none for this batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +154,7 @@ class Distiller(nn.Module):
         self.num_examples = num_examples
         self.gather = gather
         self.problem: Problem = problem
+        self.replay: Replay | None = None
 
     def forward(self, batch: Batch, teacher: Features | None, step: int) -> Losses:
         """The student's forward and the objectives.
@@ -162,10 +165,16 @@ class Distiller(nn.Module):
                 student for its logits only, without objectives.
             step: Optimizer step, for schedules.
         """
-        student = self.student(batch)
         if teacher is None:
-            return Losses(torch.zeros((), device=batch.input_ids.device), {}, student.logits)
-        return self.losses(student, batch, teacher, step)
+            return Losses(torch.zeros((), device=batch.input_ids.device), {}, self.student(batch).logits)
+        replayed = None
+        if self.replay is not None and self.training and torch.is_grad_enabled():
+            replayed = self.replay(batch, teacher, step)
+        return self.compute(batch, teacher, step) if replayed is None else replayed
+
+    def compute(self, batch: Batch, teacher: Features, step: int) -> Losses:
+        """The student's forward and the objectives, kernel by kernel."""
+        return self.losses(self.student(batch), batch, teacher, step)
 
     def losses(self, student: Features, batch: Batch, teacher: Features, step: int) -> Losses:
         """The objectives on recorded signals."""

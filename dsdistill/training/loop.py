@@ -18,9 +18,11 @@ from dsdistill.config.recipe import Pace, RunSettings
 from dsdistill.core import NOTHING, Batch, Features, ModelShape, Problem
 from dsdistill.models.capture import Captured
 from dsdistill.training import signals
+from dsdistill.training.ahead import Asked
 from dsdistill.training.dist import Place, Vote, gather_rows
 from dsdistill.training.distiller import BoundTerm
 from dsdistill.training.engine import backward, optimizer_of
+from dsdistill.training.graphs import GraphedTeacher
 from dsdistill.training.health import check_gradients, skips_in_a_row
 from dsdistill.training.schedule import learning_rate
 from dsdistill.training.telemetry import LossSums, Telemetry
@@ -111,7 +113,9 @@ def train(attempt: Attempt) -> None:
     saved = attempt.first_step
     if attempt.first_step == 0 and not vote.count():
         evaluate_now(attempt, 0)
-    batches = iter(attempt.stage.batches(attempt.first_step))
+    ask = attempt.stage.teacher
+    ahead = isinstance(ask, GraphedTeacher)
+    batches = Asked(iter(attempt.stage.batches(attempt.first_step)), ask, attempt.place.device, ahead=ahead)
     logged, tokens, skips = attempt.first_step, 0, 0
     telemetry.pause()
     for step in range(attempt.first_step, last_step):
@@ -149,24 +153,19 @@ def train(attempt: Attempt) -> None:
             raise signals.StoppedError(f"stopped; {done} of {last_step} steps are done{unsaved}")
 
 
-def train_step(
-    attempt: Attempt, batches: Iterator[Batch], step: int, vote: Vote, *, measure: bool
-) -> tuple[int, float]:
+def train_step(attempt: Attempt, batches: Asked, step: int, vote: Vote, *, measure: bool) -> tuple[int, float]:
     """One optimizer step, with the vote about the next.
 
     Returns:
         Tokens that this rank read, and with `measure` the gradient's norm (else 0).
     """
-    engine, pace, ask = attempt.engine, attempt.stage.pace, attempt.stage.teacher
+    engine, pace = attempt.engine, attempt.stage.pace
     part = partial(step_part, attempt, step + 1)
     tokens, norm = 0, 0.0
     for group in optimizer_of(engine).param_groups:
         group["lr"] = learning_rate(step, pace.optimization)
     for micro_step in range(engine.gradient_accumulation_steps()):
-        with part("data"):
-            batch = next(batches).to(attempt.place.device)
-        with part("teacher"):
-            teacher = ask(batch) if ask is not None else NOTHING
+        batch, teacher = batches.take(part)
         with part("student"):
             seed_dropout(pace.seed, step, micro_step, attempt.place.rank)
             losses = engine(batch, teacher, step)
@@ -177,6 +176,8 @@ def train_step(
             norm = plain_gradient_norm(engine)
         if engine.is_gradient_accumulation_boundary():
             vote.cast(signals.received() is not None)
+            if step + 1 < pace.optimization.steps:
+                batches.prepare(part)
         with part("step"):
             engine.step()
         tokens += batch.input_ids.numel()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PreTrainedModel
 
 from dsdistill.core import NOTHING
 from dsdistill.models.capture import Captured, Wanted
+from dsdistill.models.teacher import ResidentTeacher
 from dsdistill.training import run_directory
 from dsdistill.training.checkpoint import SaveError, load_checkpoint, save_checkpoint
 from dsdistill.training.dist import Place, gather_rows
 from dsdistill.training.distiller import Distiller, freeze_unreached
 from dsdistill.training.engine import start_engine
+from dsdistill.training.graphs import GraphedLosses, GraphedTeacher, reason_against
 from dsdistill.training.loop import Attempt, Stage, train
 from dsdistill.training.telemetry import Telemetry
 from dsdistill.training.watchdog import Watchdog
@@ -23,6 +27,18 @@ def capture_student(student: PreTrainedModel, wanted: Wanted, *, activation_chec
         student.gradient_checkpointing_enable()
         captured.exempt_from_checkpointing()
     return captured.train()
+
+
+def record_graphs(stage: Stage, distiller: Distiller, notes: list[str]) -> Stage:
+    """Let training replay CUDA graphs, of the teacher where it is on this GPU, and of the student where it can be."""
+    against = reason_against(distiller)
+    if against is None:
+        distiller.replay = GraphedLosses(distiller)
+    else:
+        notes.append(f"cuda_graphs: not of the student, because {against}")
+    if isinstance(stage.teacher, ResidentTeacher):
+        return replace(stage, teacher=GraphedTeacher(stage.teacher))
+    return stage
 
 
 def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
@@ -50,6 +66,9 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
         for captured in (stage.student, getattr(stage.teacher, "captured", None)):
             if captured is not None:
                 captured.compile_forward()
+    notes = list(stage.notes)
+    if stage.engine_config.get("cuda_graphs") and place.device.type == "cuda":
+        stage = record_graphs(stage, distiller, notes)
     watchdog.at("start of the engine")
     engine = start_engine(distiller, stage.pace.optimization, stage.engine_config, place)
     first_step, last_step = 0, stage.pace.optimization.steps
@@ -58,7 +77,7 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
         first_step = run_directory.step_of(stage.checkpoint)
     telemetry = Telemetry(stage.directory, place, first_step=first_step, last_step=last_step)
     telemetry.text("recipe", stage.recipe.to_yaml())
-    for note in stage.notes:
+    for note in notes:
         telemetry.note(note)
     if frozen:
         telemetry.note(f"{len(frozen)} parameters that no objective reaches are frozen, such as {frozen[0]}")

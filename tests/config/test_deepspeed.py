@@ -34,6 +34,8 @@ def test_shipped_jsons_are_filled_for_deepspeed(path):
         ({"zero_optimization": {"stage": 4}}, "must be 0, 1, 2 or 3"),
         ({"torch_compile": "yes"}, "torch_compile: must be true or false, got 'yes'"),
         ({"torch_compile": True, "zero_optimization": {"stage": 3}}, "torch_compile: cannot be used with ZeRO 3"),
+        ({"cuda_graphs": 1}, "cuda_graphs: must be true or false, got 1"),
+        ({"cuda_graphs": True, "zero_optimization": {"stage": 3}}, "cuda_graphs: cannot be used with ZeRO 3"),
         ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "offload_optimizer.devise: unknown key"),
         ({"zero_optimization": 2}, "zero_optimization: must be an object"),
         ({"fp16": {"enabled": True, "lossscale": 0}}, "fp16.lossscale: unknown key (did you mean 'loss_scale'?)"),

@@ -1,6 +1,7 @@
 """What the worker processes of `test_engine.py` do; each sweeps ZeRO stages within one start."""
 
 import itertools
+import json
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from dsdistill.models.families import shape_of
 from dsdistill.plan import make_plan
 from dsdistill.pretrain import build_models, distil, open_corpus
 from dsdistill.summary import held_out_at
+from dsdistill.training import graphs, loop
 from dsdistill.training.dist import find_place, gather_rows
 from dsdistill.training.distiller import Distiller
 from dsdistill.training.engine import backward, full_weights, parameter_groups, start_engine, start_processes
@@ -163,6 +165,36 @@ def check_fp16_stages(content: dict) -> None:
         distil(plan, *open_corpus(recipe, plan, place), place, "auto")
         results.append(held_out_at(recipe.output, -1)["total"])
     assert max(results) < 1.02 * min(results), results
+
+
+def check_graphs(content: dict) -> None:
+    """Training that replays CUDA graphs learns what it learns kernel by kernel, dropout included."""
+    place = find_place()
+    start_processes(place)
+    content["student"]["dropout"] = 0.3
+    content["objectives"] = [term for term in content["objectives"] if term["objective"] != "mlm"]
+    content["optimization"] |= {"steps": 16}
+    content["logging"] = {"every_steps": 1}
+    output, seed_dropout = content["output"], loop.seed_dropout
+    recordings: list[type] = []
+    for kind in (graphs._GraphedForward, graphs._GraphedTraining):
+        record = kind.__init__
+        kind.__init__ = lambda self, *args, record=record: [recordings.append(type(self)), record(self, *args)][1]
+    for stage in (0, 1, 2):
+        told: dict[str, list[float]] = {}
+        for name, graphed in (("eager", False), ("graphed", True), ("other dropout", False)):
+            recordings.clear()
+            loop.seed_dropout = lambda seed, *at, more=name == "other dropout": seed_dropout(seed + more, *at)
+            recipe = check_recipe({**content, "output": f"{output}/{stage}-{name}"}, "test")
+            plan = make_plan(recipe, ds_json(stage, fp16=True) | {"cuda_graphs": graphed}, place)
+            distil(plan, *open_corpus(recipe, plan, place), place, "auto")
+            assert len(set(recordings)) == 2 * graphed, (stage, name, recordings)
+            lines = (recipe.output / "metrics.jsonl").read_text().splitlines()
+            told[name] = [e["loss/total"] for e in map(json.loads, lines) if e["kind"] == "train"]
+        eager, graphed, other = (torch.tensor(values) for values in told.values())
+        assert len(eager) == 16
+        torch.testing.assert_close(graphed, eager, rtol=2e-3, atol=1e-4, msg=f"stage {stage}: {told}")
+        assert (other - eager).abs().max() > 10 * (graphed - eager).abs().max(), told
 
 
 def check_non_finite(content: dict) -> None:

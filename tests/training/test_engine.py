@@ -32,3 +32,9 @@ def test_fp16_without_zero_learns_as_fast_as_with_it(recipe_content):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_fp16_runs_resume_at_every_zero_stage(recipe_content):
     run_workers(f"{WORKERS}:check_resume", 1, content=recipe_content, fp16=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_replayed_graphs_train_as_kernel_by_kernel(recipe_content):
+    run_workers(f"{WORKERS}:check_graphs", 1, content=recipe_content)
