@@ -7,8 +7,9 @@ through autograd as ever, so all of its stages but ZeRO 3, which moves weights, 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -121,14 +122,16 @@ class _GraphedTraining:
     ):
         # these very tensors are what the recording reads; a replayed teacher writes into the same ones again
         self.parameters, self.batch, self.teacher = parameters, batch, teacher
+        # DeepSpeed keeps the parameters' ends of the autograd graph, which belong to the stream they were made on
+        leaves = {id(p): nn.Parameter(p.detach()) for p in parameters}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()  # sync, once
-        with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.forward, capture_error_mode="thread_local"), standing_in(distiller, leaves):
             losses = distiller.compute(batch, teacher, step)
         self.seed = torch.ones_like(losses.total)
         torch.cuda.synchronize()  # sync, once
         with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
-            self.gradients = torch.autograd.grad(losses.total, parameters, grad_outputs=self.seed)
+            self.gradients = torch.autograd.grad(losses.total, list(leaves.values()), grad_outputs=self.seed)
         self.losses = losses._replace(total=losses.total.detach())
 
     def __call__(self, batch: Batch, teacher: Features) -> Losses:
@@ -156,6 +159,19 @@ class _Replay(torch.autograd.Function):
         flat = torch.cat([gradient.reshape(-1) for gradient in recorded.gradients])
         parts = flat.split([gradient.numel() for gradient in recorded.gradients])
         return (None, *(part.view_as(p) for part, p in zip(parts, recorded.parameters, strict=True)))
+
+
+@contextlib.contextmanager
+def standing_in(model: nn.Module, leaves: Mapping[int, nn.Parameter]) -> Iterator[None]:
+    """Let other parameters over the same memory take the place of a model's, given by the id of whom they stand for."""
+    held = [(module._parameters, name, p) for module in model.modules() for name, p in module._parameters.items()]
+    for parameters, name, parameter in held:
+        parameters[name] = leaves.get(id(parameter), parameter)
+    try:
+        yield
+    finally:
+        for parameters, name, parameter in held:
+            parameters[name] = parameter
 
 
 def reason_against(distiller: Distiller) -> str | None:
