@@ -49,6 +49,11 @@ def kind_of(batch: Batch) -> tuple[Hashable, ...]:
     return tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in batch)
 
 
+def is_regular(batch: Batch) -> bool:
+    """Whether the next batch will look like this one; chosen positions and documents differ in number."""
+    return batch.targets is None and batch.segments is None
+
+
 class GraphedTeacher:
     """A teacher on this GPU whose forward is replayed; its answers are overwritten by the next call.
 
@@ -62,7 +67,7 @@ class GraphedTeacher:
 
     def __call__(self, batch: Batch) -> Features:
         """The signals of a batch of training rows."""
-        if batch.targets is not None:  # their number differs from batch to batch
+        if not is_regular(batch):
             return self.teacher(batch)
         recorded = self.kinds.get(kind_of(batch), lambda: _GraphedForward(self.teacher, batch))
         return self.teacher(batch) if recorded is None else recorded(batch)
@@ -98,7 +103,7 @@ class GraphedLosses:
     def __call__(self, batch: Batch, teacher: Features, step: int) -> Losses | None:
         """The losses, whose backward is replayed too, or None if this batch must run kernel by kernel."""
         constants = self._constants(step)
-        if batch.targets is not None or constants is None:
+        if constants is None or not is_regular(batch):
             return None
         parameters = [p for p in self.distiller.parameters() if p.requires_grad]
         kind = (kind_of(batch), constants, tuple(p.data_ptr() for p in parameters))

@@ -13,6 +13,7 @@ from dsdistill.training.graphs import (
     MOST_KINDS,
     GraphedLosses,
     Kinds,
+    is_regular,
     kind_of,
     reason_against,
     standing_in,
@@ -64,6 +65,12 @@ def test_what_a_recording_holds_makes_the_kind_of_a_batch():
     kinds = {kind_of(b) for b in (batch(2), batch(3), batch(2, 5), batch(2, padded=True), batch(2, segments=True))}
     assert len(kinds) == 5
     assert kind_of(batch(2)) == kind_of(batch(2)._map(torch.ones_like))
+
+
+def test_batches_whose_parts_differ_in_number_run_kernel_by_kernel():
+    assert is_regular(batch(2))
+    assert not is_regular(batch(2, segments=True))
+    assert not is_regular(batch(2)._replace(targets=torch.zeros(3, dtype=torch.long)))
 
 
 @pytest.mark.parametrize("where", ["weight", "params"])
