@@ -15,7 +15,13 @@ from dsdistill.config.sections import StudentSettings, Term
 from dsdistill.core import ModelShape, Problem
 from dsdistill.locate import Source
 from dsdistill.models.families import Wanted, available, family_of, max_length, shape_of
-from dsdistill.models.loading import has_masked_lm_architecture, has_task_architecture, load_config, task_config
+from dsdistill.models.loading import (
+    check_family,
+    has_masked_lm_architecture,
+    has_task_architecture,
+    load_config,
+    task_config,
+)
 from dsdistill.models.student import check_recomputes, check_start, student_config
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.objectives.registry import find_objective
@@ -209,12 +215,20 @@ def plan_models(
     misplaced = len(problems.found) > before
     student = problems.of(
         lambda: student_config(
-            teacher, settings.num_layers, layers, dropout=settings.dropout, overrides=settings.overrides
+            teacher,
+            settings.num_layers,
+            layers,
+            family=settings.family,
+            dropout=settings.dropout,
+            overrides=settings.overrides,
         )
     )
     if student is None or misplaced:  # objectives on layers that do not exist would only repeat it
         return Models(source, teacher, None, layers)
-    problems.of(lambda: check_start(teacher, student, resize=settings.resize, init_from=settings.init_from))
+    problems.of(lambda: check_family(student))
+    problems.of(
+        lambda: check_start(teacher, student, layers=layers, resize=settings.resize, init_from=settings.init_from)
+    )
     if settings.activation_checkpointing:
         problems.of(lambda: check_recomputes(student))
     return Models(source, teacher, student, layers)
@@ -327,7 +341,8 @@ def describe_plan(plan: Plan[Any], place: Place) -> str:
         f"teacher    {plan.source.model}: {teacher.num_layers} layers x {teacher.width}"
         + ("" if plan.needs_teacher else ", no objective asks it"),
         *(["code       comes with the teacher and is run (trust_remote_code)"] * plan.source.trust_remote_code),
-        f"student    {student.num_layers} layers x {student.width}, starting from {describe_start(plan)}",
+        f"student    {other_family(plan)}{student.num_layers} layers x {student.width}, starting from "
+        f"{describe_start(plan)}",
     ]
     for stage in plan.stages:
         lines += describe_stage(stage, teacher, place)
@@ -354,6 +369,12 @@ def describe_stage(stage: StagePlan, teacher: ModelShape, place: Place) -> list[
         f"process(es), {place.device.type}, ZeRO {zero_stage(config)}, "
         f"{str(half_precision(config)).removeprefix('torch.')}, {deepest} layers of the teacher run",
     ]
+
+
+def other_family(plan: Plan[Any]) -> str:
+    """The student's family, if it is not the teacher's."""
+    theirs, ours = plan.teacher_config.model_type, plan.student_config.model_type
+    return "" if ours == theirs else f"{ours}, "
 
 
 def describe_start(plan: Plan[Any]) -> str:

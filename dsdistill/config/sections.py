@@ -31,6 +31,9 @@ class StudentSettings(Strict):
     """The model to distil into, described by its difference from the teacher."""
 
     num_layers: int = Field(ge=1, description="layers of the student")
+    family: str | None = Field(
+        default=None, description="another family than the teacher's, by its model_type, such as bert"
+    )
     init: Literal["lower", "upper", "uniform", "skip", "random"] | list[int] | None = Field(
         default=None,
         description="teacher layers whose weights it starts from: a name, or one layer (1..T) per student layer",

@@ -19,6 +19,17 @@ Wanted = Mapping[Signal, Collection[int]]
 """Layers by signal; logits under layer -1."""
 
 
+Names = tuple[tuple[str, str], ...]
+
+LM_HEAD: Names = (
+    ("lm_head.dense.", "cls.predictions.transform.dense."),
+    ("lm_head.layer_norm.", "cls.predictions.transform.LayerNorm."),
+    ("lm_head.decoder.", "cls.predictions.decoder."),
+    ("lm_head.bias", "cls.predictions.bias"),
+)
+"""RoBERTa's masked-LM head, which several families share."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """What the code knows about one family.
@@ -29,6 +40,8 @@ class Family:
         own_attention: Whether it does not use the attention interface; `own_attention.py` then has its attention.
         bias: What its attention adds to the scores, in words; None if they are scaled products only.
         layer: Name of the class of its layers, where the model class does not say.
+        names: Where it is built as BERT is, what its weights are called: (here, in BERT), parts of names, replaced one
+            after the other; empty where they are called the same. None: weights go to no other family.
         projections: Names of the query, key and value projections of an attention module, called in this order on one
             tensor, so that a frozen model can join them; empty where it does so itself or calls them otherwise.
         first_position: Position id of a row's first token; None if it is `pad_token_id + 1`. So many tokens fewer fit
@@ -40,16 +53,45 @@ class Family:
     own_attention: bool = False
     bias: str | None = None
     layer: str | None = None
+    names: Names | None = None
     projections: tuple[str, ...] = ("query", "key", "value")
     first_position: int | None = 0
 
 
 FAMILIES: dict[str, Family] = {
     "albert": Family(title="ALBERT", tested="AlbertForMaskedLM"),
-    "bert": Family(title="BERT", tested="BertForMaskedLM"),
-    "camembert": Family(title="CamemBERT", tested="CamembertForMaskedLM", first_position=None),
-    "distilbert": Family(title="DistilBERT", tested="DistilBertForMaskedLM", projections=("q_lin", "k_lin", "v_lin")),
-    "electra": Family(title="ELECTRA", tested="ElectraForMaskedLM"),
+    "bert": Family(title="BERT", tested="BertForMaskedLM", names=()),
+    "camembert": Family(title="CamemBERT", tested="CamembertForMaskedLM", names=LM_HEAD, first_position=None),
+    "distilbert": Family(
+        title="DistilBERT",
+        tested="DistilBertForMaskedLM",
+        names=(
+            ("transformer.layer.", "encoder.layer."),
+            (".attention.q_lin.", ".attention.self.query."),
+            (".attention.k_lin.", ".attention.self.key."),
+            (".attention.v_lin.", ".attention.self.value."),
+            (".attention.out_lin.", ".attention.output.dense."),
+            (".sa_layer_norm.", ".attention.output.LayerNorm."),
+            (".ffn.lin1.", ".intermediate.dense."),
+            (".ffn.lin2.", ".output.dense."),
+            (".output_layer_norm.", ".output.LayerNorm."),
+            ("vocab_transform.", "cls.predictions.transform.dense."),
+            ("vocab_layer_norm.", "cls.predictions.transform.LayerNorm."),
+            ("vocab_projector.weight", "cls.predictions.decoder.weight"),
+            ("vocab_projector.bias", "cls.predictions.bias"),
+        ),
+        projections=("q_lin", "k_lin", "v_lin"),
+    ),
+    "electra": Family(
+        title="ELECTRA",
+        tested="ElectraForMaskedLM",
+        names=(
+            ("generator_predictions.dense.", "cls.predictions.transform.dense."),
+            ("generator_predictions.LayerNorm.", "cls.predictions.transform.LayerNorm."),
+            ("generator_lm_head.weight", "cls.predictions.decoder.weight"),
+            ("generator_lm_head.bias", "cls.predictions.bias"),
+        ),
+    ),
     "modernbert": Family(title="ModernBERT", tested="ModernBertForMaskedLM", projections=()),
     "mpnet": Family(
         title="MPNet",
@@ -57,11 +99,19 @@ FAMILIES: dict[str, Family] = {
         own_attention=True,
         bias="a learned number per head and distance",
         layer="MPNetLayer",
+        names=(
+            (".attention.attn.q.", ".attention.self.query."),
+            (".attention.attn.k.", ".attention.self.key."),
+            (".attention.attn.v.", ".attention.self.value."),
+            (".attention.attn.o.", ".attention.output.dense."),
+            (".attention.LayerNorm.", ".attention.output.LayerNorm."),
+            *LM_HEAD,
+        ),
         projections=("q", "k", "v"),
         first_position=2,
     ),
-    "roberta": Family(title="RoBERTa", tested="RobertaForMaskedLM", first_position=None),
-    "xlm-roberta": Family(title="XLM-R", tested="XLMRobertaForMaskedLM", first_position=None),
+    "roberta": Family(title="RoBERTa", tested="RobertaForMaskedLM", names=LM_HEAD, first_position=None),
+    "xlm-roberta": Family(title="XLM-R", tested="XLMRobertaForMaskedLM", names=LM_HEAD, first_position=None),
 }
 """By `model_type`. Families that use the attention interface, tell their layers and project as BERT need no entry."""
 
@@ -91,6 +141,11 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
     )
+
+
+def neurons_of(config: PreTrainedConfig) -> int | None:
+    """Width of the feed-forward parts, which DistilBERT has a name of its own for; None if the config does not tell."""
+    return getattr(config, "hidden_dim" if config.model_type == "distilbert" else "intermediate_size", None)
 
 
 def encoder_of(model: PreTrainedModel) -> PreTrainedModel:

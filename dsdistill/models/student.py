@@ -1,4 +1,4 @@
-"""Builds the student: the teacher's config with fewer layers, and weights copied from chosen layers."""
+"""Builds the student: a config with fewer layers, of the teacher's family or another, and weights of chosen layers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from dsdistill.locate import Source
 from dsdistill.models.capture import ATTENTION
-from dsdistill.models.families import drop_pooler, encoder_of, keep_layers, layer_list
+from dsdistill.models.families import drop_pooler, encoder_of, keep_layers, layer_list, neurons_of
 from dsdistill.models.loading import head_of, load_config, load_encoder
 from dsdistill.models.resize import Resize, check_shrinks, resize_weights, sizes_of
+from dsdistill.models.translate import bert_weights, check_translates, config_in_family, load_bert_weights
 
 DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout"),
@@ -28,24 +35,29 @@ def student_config(
     num_layers: int,
     layers: tuple[int, ...] | None,
     *,
+    family: str | None = None,
     dropout: float | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
-    """The student's config: the teacher's with fewer layers.
+    """The student's config: the teacher's with fewer layers, or that of another family with the teacher's sizes.
 
     Args:
         teacher: Config of the whole teacher.
         num_layers: Layers of the student.
         layers: Teacher layers (1..T) the student starts from, which decide the kind of each layer where kinds
             alternate (ModernBERT); None for a random student.
+        family: `model_type` of another family; None for the teacher's.
         dropout: Replaces every dropout rate of the teacher, except the classifier's unset one; None keeps them.
         overrides: Other config keys to replace, such as `hidden_size`.
 
     Raises:
-        ValueError: If an override is not a key of this family.
+        ValueError: If there is no such family, or an override is not a key of it.
     """
-    config = copy.deepcopy(teacher)
-    keep_layers(config, layers or tuple(range(1, num_layers + 1)))
+    if family in (None, teacher.model_type):
+        config = copy.deepcopy(teacher)
+        keep_layers(config, layers or tuple(range(1, num_layers + 1)))
+    else:
+        config = config_in_family(teacher, family, num_layers)
     for name in DROPOUTS if dropout is not None else ():
         if getattr(config, name, None) is not None:
             setattr(config, name, dropout)
@@ -57,27 +69,66 @@ def student_config(
 
 
 def check_start(
-    teacher: PreTrainedConfig, student: PreTrainedConfig, *, resize: Resize | None, init_from: Path | None
+    teacher: PreTrainedConfig,
+    student: PreTrainedConfig,
+    *,
+    layers: tuple[int, ...] | None = None,
+    resize: Resize | None,
+    init_from: Path | None,
 ) -> None:
     """Refuse, as far as configs tell, a student that cannot start as asked.
 
     Args:
         teacher: Config of the whole teacher.
         student: From `student_config`.
+        layers: As in `build_student`.
         resize: As in `build_student`.
         init_from: As in `build_student`.
 
     Raises:
-        ValueError: If sizes would grow, or the checkpoint is missing or of another shape.
+        ValueError: If weights mean something else in the student's family, sizes differ or would grow, or the
+            checkpoint is missing or of another shape.
     """
+    if layers is not None and student.model_type != teacher.model_type:
+        check_translates(teacher, student)
     if resize is not None:
         check_shrinks(sizes_of(teacher), sizes_of(student))
+    elif layers is not None:
+        check_same_sizes(teacher, student)
     if init_from is not None:
         found = load_config(Source(model=str(init_from)))
         for name in ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
             theirs, ours = getattr(found, name, None), getattr(student, name, None)
             if theirs != ours:
                 raise ValueError(f"student.init_from={str(init_from)!r} has {name} {theirs}, the student {ours}")
+
+
+def check_same_sizes(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    """Refuse sizes that the teacher's weights do not have.
+
+    Raises:
+        ValueError: Names them all.
+    """
+
+    def sizes(config: PreTrainedConfig) -> dict[str, int | None]:
+        return {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "embedding_size": getattr(config, "embedding_size", config.hidden_size),
+            "intermediate_size": neurons_of(config),
+        }
+
+    theirs = sizes(teacher)
+    different = [
+        f"{name} is {size} in the student and {theirs[name]} in the teacher"
+        for name, size in sizes(student).items()
+        if size != theirs[name]
+    ]
+    if different:
+        raise ValueError(
+            f"student.init: {'; '.join(different)}; a student of another shape starts from init: random, or from the "
+            "teacher's weights made narrower (student.resize)"
+        )
 
 
 def check_recomputes(config: PreTrainedConfig) -> None:
@@ -97,9 +148,10 @@ def check_recomputes(config: PreTrainedConfig) -> None:
 
 def restore_dropout(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
     """Give an exported student its teacher's dropout rates, for whoever fine-tunes it; distillation may need less."""
+    defaults = type(config)()
     for name in DROPOUTS:
         if getattr(config, name, None) is not None:
-            setattr(config, name, getattr(teacher, name))
+            setattr(config, name, getattr(teacher, name, getattr(defaults, name)))
 
 
 def build_student(
@@ -132,14 +184,16 @@ def build_student(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = type(teacher)._from_config(copy.deepcopy(config), attn_implementation=ATTENTION, dtype=torch.float32)
-    if getattr(encoder_of(teacher), "pooler", ...) is None:
+        student = class_like(teacher, config)._from_config(
+            copy.deepcopy(config), attn_implementation=ATTENTION, dtype=torch.float32
+        )
+    if head_of(teacher) != "task" and getattr(encoder_of(teacher), "pooler", None) is None:
         drop_pooler(student)
     fresh = head_weights(student) if random_head else {}
     if init_from is not None:
         copy_student(init_from, student)
-    elif layers is not None and resize is not None:
-        copy_resized(teacher, student, layers, resize)
+    elif layers is not None and (resize is not None or config.model_type != teacher.config.model_type):
+        copy_translated(teacher, student, layers, resize)
     elif layers is not None:
         copy_weights(teacher, student, layers)
     student.load_state_dict(fresh, strict=False)
@@ -152,17 +206,49 @@ def head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith(inside)}
 
 
-def copy_resized(teacher: PreTrainedModel, student: PreTrainedModel, layers: tuple[int, ...], resize: Resize) -> None:
-    """Give the student the weights of a student of the teacher's shape, made narrower.
+def class_like(teacher: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of a student with the teacher's head, in the student's family.
 
     Raises:
-        ValueError: If the student is not narrower, or the family is not built like BERT.
+        ValueError: If that family has no such head.
+    """
+    if config.model_type == teacher.config.model_type:
+        return type(teacher)
+    mappings = {
+        "none": MODEL_MAPPING,
+        "masked LM": MODEL_FOR_MASKED_LM_MAPPING,
+        "task": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    }
+    found = mappings[head_of(teacher)].get(type(config), None)
+    found = found[0] if isinstance(found, tuple) else found
+    if found is None:
+        raise ValueError(f"student.family: {config.model_type} has no head as the teacher's in transformers")
+    return found
+
+
+@torch.no_grad()
+def copy_translated(
+    teacher: PreTrainedModel, student: PreTrainedModel, layers: tuple[int, ...], resize: Resize | None
+) -> None:
+    """Give a student of another family or shape the weights of a student of the teacher's.
+
+    A pooler, and the head of a task, may be of a kind that the teacher has not, and keep what they had.
+
+    Raises:
+        ValueError: If a family is not built like BERT, or shapes do not fit.
     """
     wide_config = copy.deepcopy(encoder_of(teacher).config)
     keep_layers(wide_config, layers)
     wide = build_student(teacher, wide_config, layers, seed=0)
-    sizes = sizes_of(wide.config), sizes_of(student.config)
-    student.load_state_dict(resize_weights(wide.state_dict(), *sizes, resize))
+    if wide.config.model_type != student.config.model_type:
+        check_translates(wide.config, student.config)
+    weights = bert_weights(wide)
+    if resize is not None:
+        weights = resize_weights(weights, sizes_of(wide.config), sizes_of(student.config), resize)
+    inside = f"{student.base_model_prefix}." if head_of(student) == "task" else ""
+    lacking = [name for name in load_bert_weights(student, weights) if "pooler" not in name and name.startswith(inside)]
+    if lacking:
+        raise ValueError(f"the teacher has no weight for the student's {lacking[0]}; use init: random")
 
 
 def copy_student(directory: Path, student: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from transformers import (
     AlbertConfig,
     BertConfig,
+    CamembertConfig,
     DistilBertConfig,
     ElectraConfig,
     ModernBertConfig,
@@ -28,6 +29,7 @@ def tiny_configs() -> dict[str, PreTrainedConfig]:
         "bert": BertConfig(**SIZES),
         "roberta": RobertaConfig(**SIZES),
         "xlm-roberta": XLMRobertaConfig(**SIZES),
+        "camembert": CamembertConfig(**SIZES),
         "distilbert": DistilBertConfig(dim=32, n_layers=4, n_heads=4, hidden_dim=64, vocab_size=100),
         "electra": ElectraConfig(**SIZES, embedding_size=16),
         "albert": AlbertConfig(**SIZES, embedding_size=16),
