@@ -238,6 +238,10 @@ def fill_auto(
             f"gradient_accumulation_steps={accumulation!r} contradicts global_batch {optimization.global_batch} = "
             f'{world_size} processes x {micro} rows x {per_process // micro}; write "auto"'
         )
+    zero = filled.get("zero_optimization", {})
+    if world_size == 1 and zero.get("overlap_comm") and zero.get("stage") in (1, 2):
+        notes.append("overlap_comm is off: a single process has nobody to send to, and would wait after every backward")
+        zero["overlap_comm"] = False
     filled["train_batch_size"] = optimization.global_batch
     filled["train_micro_batch_size_per_gpu"] = micro
     filled["gradient_accumulation_steps"] = per_process // micro

@@ -85,3 +85,14 @@ def test_a_cpu_trains_in_float32_and_says_so():
     )
     assert filled["fp16"] == {"enabled": False}
     assert sum("float32" in note for note in notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "overlaps"), [(1, 1, False), (2, 1, False), (2, 2, True), (3, 1, True)]
+)
+def test_one_process_overlaps_no_messages(stage, world_size, overlaps):
+    content = {"zero_optimization": {"stage": stage, "overlap_comm": True}}
+    filled, notes = fill_auto(content, OPTIMIZATION, world_size=world_size, device_type="cuda", row_length=128)
+    assert filled["zero_optimization"]["overlap_comm"] == overlaps
+    assert any("overlap_comm is off" in note for note in notes) != overlaps
+    assert content["zero_optimization"]["overlap_comm"]
