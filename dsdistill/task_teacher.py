@@ -202,6 +202,7 @@ def augment(run: TaskRun, complete: PreTrainedModel) -> TaskRun:
 
     Raises:
         ValueError: If the masked language model or the word vectors cannot be used.
+        StoppedError: On all ranks alike, if a signal asked any of them to stop before the last row.
     """
     settings, place = run.recipe.data.augment, run.place
     if settings is None:
@@ -216,7 +217,17 @@ def augment(run: TaskRun, complete: PreTrainedModel) -> TaskRun:
         source, length = Source(model=settings.masked_lm), run.recipe.data.max_length
         model = load_masked_lm(source, device=place.device)
         masked_lm = MaskedLM(model, load_tokenizer(source), max_length=length)
-    more = augment_rows(run.task, run.tokenizer, settings, seed=run.recipe.seed, vectors=vectors, masked_lm=masked_lm)
+    vote = Vote(place)
+
+    def at(row: int) -> None:
+        run.watchdog.at(f"augmentation from row {row}")
+        if vote.count():
+            raise StoppedError(f"stopped after augmentation of {row} rows, which are not kept")
+        vote.cast(received() is not None)
+
+    texts = {"seed": run.recipe.seed, "vectors": vectors, "masked_lm": masked_lm}
+    more = augment_rows(run.task, run.tokenizer, settings, **texts, at=at)
+    vote.count()  # the next who asks will know
     return replace(run, task=replace(run.task, train=run.task.train.extended(more)))
 
 

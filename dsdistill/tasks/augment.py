@@ -11,7 +11,7 @@ independently of each other. Which words, and by which, depends on (seed, row, c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -169,6 +169,7 @@ def augment_rows(
     seed: int,
     vectors: WordVectors,
     masked_lm: MaskedLM | None = None,
+    at: Callable[[int], None] = lambda row: None,
 ) -> Rows:
     """The rows that augmentation makes of a task's training rows: `copies` for each, in the order of the rows.
 
@@ -182,6 +183,7 @@ def augment_rows(
         seed: Of all choices.
         vectors: Where words of several tokens find their candidates; all words without a `masked_lm`.
         masked_lm: Where words of one token find theirs.
+        at: Told the row that comes next, every so many rows.
 
     Returns:
         Rows with `is_augmented` set, which wait for labels (`Rows.with_labels`).
@@ -199,6 +201,7 @@ def augment_rows(
         columns.append(task.pairs)
     parts: list[Rows] = []
     for first in range(0, len(task.texts), _CHUNK_ROWS):
+        at(first)
         texts, *pairs = [
             _replaced(column[first : first + _CHUNK_ROWS], (seed, first, part), settings, finder, vectors, masked_lm)
             for part, column in enumerate(columns)

@@ -1,16 +1,21 @@
 """Augmentation follows the paper's algorithm and depends on (seed, row, copy) only."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
+from dsdistill import task_teacher
 from dsdistill.tasks.augment import MaskedLM, WordFinder, augment_rows
 from dsdistill.tasks.rows import Rows
 from dsdistill.tasks.settings import AugmentSettings, DataSettings
 from dsdistill.tasks.task import Task, open_task
 from dsdistill.tasks.vectors import WordVectors, model_vectors, read_vectors
+from dsdistill.training.dist import Place
+from dsdistill.training.signals import StoppedError
 from tests.conftest import WORDS
 from tests.tasks.glue_files import write_glue
 
@@ -257,3 +262,17 @@ def test_settings_and_model_must_agree(task: Task, tokenizer, vectors, masked_lm
     without = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]")
     with pytest.raises(ValueError, match="no mask token"):
         MaskedLM(model, without, max_length=64)
+
+
+def test_a_signal_stops_augmentation_between_rows_and_the_watchdog_hears_of_it(task, tokenizer, model, monkeypatch):
+    monkeypatch.setattr("dsdistill.tasks.augment._CHUNK_ROWS", 10)
+    heard: list[str] = []
+    monkeypatch.setattr(task_teacher, "received", lambda: "SIGTERM" if len(heard) == 2 else None)
+    recipe = SimpleNamespace(data=SimpleNamespace(augment=AugmentSettings(copies=1), max_length=16), seed=0)
+    place = Place(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    run = SimpleNamespace(
+        recipe=recipe, place=place, watchdog=SimpleNamespace(at=heard.append), task=task, tokenizer=tokenizer
+    )
+    with pytest.raises(StoppedError, match="after augmentation of 10 rows"):
+        task_teacher.augment(run, model)
+    assert heard[1:] == [f"augmentation from row {row}" for row in (0, 10)]
