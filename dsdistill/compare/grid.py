@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dsdistill.compare.kinds import KINDS, RESULTS, Kind, find_object, kind_of
 from dsdistill.config.problems import describe_problem, nearest, read_mapping
@@ -43,8 +43,15 @@ class Before(Strict):
     only: dict[str, list[str]] = Field(default={}, description="labels by axis of the cells that need it; {} for all")
 
 
+def _may_extend(schema: dict[str, Any]) -> None:
+    """In the JSON schema: a grid that extends another need not repeat its keys."""
+    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
+
+
 class GridSettings(Strict):
     """A grid file. Paths in it are relative to the working directory, as in recipes."""
+
+    model_config = ConfigDict(json_schema_extra=_may_extend)
 
     name: str = Field(pattern=r"^[\w.-]+$", description="short name, used in titles")
     source: str = Field(description="what the grid repeats, what is the same and what differs")
@@ -74,7 +81,9 @@ class GridSettings(Strict):
     )
     cell_timeout_s: float | None = Field(default=None, gt=0, description="a cell that takes longer has failed")
 
-    @field_validator("axes", mode="before")
+    @field_validator(
+        "axes", mode="before", json_schema_input_type=dict[str, list[Any] | ValuesAxis | dict[str, Settings]]
+    )
     @classmethod
     def _understand_axes(cls, axes: Any) -> Any:
         if not isinstance(axes, dict):

@@ -22,7 +22,7 @@ class CorpusSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    input: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
+    input: Annotated[tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_type=str | tuple[str, ...])] = Field(
         min_length=1,
         description="Files, directories or globs (.txt .csv .tsv .jsonl .json .parquet, also .gz .xz .zst), "
         "`package:<import name>/<path>`, or a hub data set's name.",
