@@ -285,7 +285,8 @@ def measure(cell: Cell, steps: int, device: torch.device, peak_flops: float, pro
         "micro_step_ms": 1e3 * seconds / steps / cell.accumulation,
         "host_ms": 1e3 * host_s / steps / cell.accumulation,
         "parts_ms": clock.medians_ms(),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        # graphs keep their memory, which no tensor holds between replays
+        "peak_gib": (torch.cuda.max_memory_reserved if graphed else torch.cuda.max_memory_allocated)() / 2**30,
         "mfu": flops_per_token(cell) * tokens / seconds / peak_flops,
         "frozen": frozen,
         "warmup_s": warmup_s,
