@@ -157,12 +157,12 @@ class Losses(NamedTuple):
     Attributes:
         total: Weighted sum, scalar; what backward sees.
         terms: Each term, unweighted and detached, for people.
-        logits: What the student answered, if the model was only asked to answer, else None.
+        answer: What the student said, if the model was only asked to answer, else None.
     """
 
     total: Tensor
     terms: Mapping[str, Tensor]
-    logits: Tensor | None = None
+    answer: Features | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +29,30 @@ class Source:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def root(self) -> str:
+        """The model's directory, or its hub name."""
+        return resolve_model(self.model)
+
     def arguments(self) -> dict:
         """What transformers' `from_pretrained` takes."""
         return {
-            "pretrained_model_name_or_path": resolve_model(self.model),
+            "pretrained_model_name_or_path": _encoder_directory(self.root),
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
         }
+
+
+def _encoder_directory(root: str) -> str:
+    """Older sentence-transformers directories hold their encoder in a folder that `modules.json` names first."""
+    modules = Path(root) / "modules.json"
+    if not modules.is_file() or (Path(root) / "config.json").is_file():
+        return root
+    try:
+        inside = json.loads(modules.read_text(encoding="utf-8"))[0]["path"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{root}: modules.json names no encoder; give the directory with its config.json") from error
+    return str(Path(root) / inside)
 
 
 def resolve_model(name: str) -> str:

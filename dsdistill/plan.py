@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -26,6 +26,8 @@ from dsdistill.models.student import check_recomputes, check_start, student_conf
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.objectives.registry import find_objective
 from dsdistill.plan_rows import row_problems, rows_of
+from dsdistill.plan_sentences import follow_pooling, packing_problem, scoring_problem
+from dsdistill.sentence_scores import pairs_file
 from dsdistill.tasks.spec import TaskSpec, output_columns
 from dsdistill.training.dist import Place
 from dsdistill.training.distiller import BoundTerm, bind_terms, wanted_signals
@@ -99,6 +101,16 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
         problems.found += logit_problems(recipe, source, models.teacher, stage.terms)
     if rows is not None:
         problems.found += row_problems(recipe, rows, models.teacher, models.student)
+        if rows.packed and stage is not None:
+            problems.note(packing_problem(stage.terms, source))
+    if recipe.evaluation.sentences is not None and stage is not None:
+        sts, read = recipe.evaluation.sentences.sts, stage.student_wants.get("hidden", ())
+        if sts is not None:
+            problems.of(lambda: pairs_file(sts))
+        problems.note(problems.of(lambda: scoring_problem(read, recipe.student.num_layers, source)))
+        last = shape_of(models.teacher).num_layers
+        wanted = {*stage.teacher_wants.get("hidden", ()), last}
+        stage = replace(stage, teacher_wants={**stage.teacher_wants, "hidden": wanted})
     return finish_plan(recipe, models, [stage], problems)
 
 
@@ -186,6 +198,11 @@ class Problems:
             self.found.append(f"student.overrides: {' '.join(str(error).split())}")
         return None
 
+    def note(self, problem: str | None) -> None:
+        """One more, if there is one."""
+        if problem is not None:
+            self.found.append(problem)
+
     def error(self) -> ValueError:
         """All of them as one error."""
         return ValueError("\n".join(dict.fromkeys(self.found)))
@@ -252,7 +269,13 @@ def plan_stage(
     if models.student is None:
         return None
     shapes = shape_of(models.student), shape_of(models.teacher)
-    terms = problems.of(lambda: bind_terms(objectives, *shapes, initial=models.layers, problem=problem))
+    terms = problems.of(
+        lambda: follow_pooling(
+            bind_terms(objectives, *shapes, initial=models.layers, problem=problem),
+            models.source,
+            shapes[1].num_layers,
+        )
+    )
     if terms is None or filled is None:
         return None
     configs = (models.student, models.teacher)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from deepspeed import DeepSpeedEngine
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dsdistill.config.recipe import Recipe
@@ -19,14 +20,16 @@ from dsdistill.corpus.store import Corpus
 from dsdistill.models.export import save_skeleton
 from dsdistill.models.families import shape_of
 from dsdistill.models.loading import head_of, load_encoder, load_tokenizer
+from dsdistill.models.sentences import SentenceModules, read_sentence_modules, text_length
 from dsdistill.models.student import build_student
 from dsdistill.models.teacher import ResidentTeacher
 from dsdistill.plan import Plan, describe_plan, make_plan, missing_head
+from dsdistill.sentence_scores import EncoderSizes, in_training
 from dsdistill.summary import summarize
 from dsdistill.training import run_directory, signals
 from dsdistill.training.dist import Place, find_place
 from dsdistill.training.engine import half_precision, processes
-from dsdistill.training.loop import Stage
+from dsdistill.training.loop import Stage, Teacher
 from dsdistill.training.stage import capture_student, run_stage
 from dsdistill.training.watchdog import Watchdog
 
@@ -152,10 +155,29 @@ def distil_watched(
             held_out=lambda: held_out_batches(held_out, **data, **batching, rows=recipe.evaluation.rows),
             probe=next(iter(held_out_batches(held_out, **data, rows=2, micro_batch=2, rank=0, world_size=1))),
             num_examples=corpus.num_rows,
+            score=sentence_score(plan, held_out, tokenizer, teacher, place),
         ),
         place,
         watchdog,
     )
+
+
+def sentence_score(
+    plan: Plan[Recipe], held_out: Corpus, tokenizer: PreTrainedTokenizerFast, teacher: Teacher | None, place: Place
+) -> Callable[[DeepSpeedEngine], Mapping[str, float]] | None:
+    """What scores the student's sentence embeddings in training, or None if nobody wants to know."""
+    settings, (stage,) = plan.recipe.evaluation.sentences, plan.stages
+    if settings is None or teacher is None:
+        return None
+    modules = read_sentence_modules(plan.source) or SentenceModules()
+    sizes = EncoderSizes(
+        shape_of(plan.student_config).num_layers,
+        shape_of(plan.teacher_config).num_layers,
+        modules.pooling,
+        text_length(modules, plan.teacher_config, tokenizer),
+    )
+    micro_batch = stage.engine_config["train_micro_batch_size_per_gpu"]
+    return in_training(settings, held_out, tokenizer, teacher, sizes, place, micro_batch=micro_batch)
 
 
 def build_models(plan: Plan[Recipe], place: Place) -> tuple[PreTrainedModel, ResidentTeacher | None]:

@@ -22,6 +22,7 @@ from dsdistill.corpus.store import Corpus
 from dsdistill.models.export import export_student, model_card, rebuild
 from dsdistill.models.families import encoder_of, shape_of
 from dsdistill.models.loading import head_of, load_config, load_encoder, load_tokenizer
+from dsdistill.models.sentences import sentence_problem
 from dsdistill.models.student import build_student, restore_dropout
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.speed import seconds_of_calls
@@ -62,17 +63,29 @@ def export_run(directory: Path, checkpoint: Path | None = None, output: Path | N
         "head": head_of(student),
         "optimizer steps": step,
         **{f"held-out {name}": f"{value:.4f}" for name, value in held_out_at(directory, -1, last_step=step).items()},
+        **{name: f"{value:.4f}" for name, value in scores_at(directory, -1, last_step=step).items()},
     }
+    problem = sentence_problem(source)
+    if problem is not None:
+        facts["sentence-transformers"] = f"not written as such a model: {problem}"
     export_student(student, load_tokenizer(source), output, card=model_card(facts, recipe.to_yaml()), teacher=source)
     return output
 
 
 def held_out_at(directory: Path, index: int, *, last_step: float = math.inf) -> dict[str, float]:
     """The held-out objective of the first (0) or last (-1) evaluation up to a step; empty if there was none."""
+    return _evaluated(directory, index, last_step, "held_out/")
+
+
+def _evaluated(directory: Path, index: int, last_step: float, prefix: str) -> dict[str, float]:
     told = read_metrics(directory / "metrics.jsonl")
     entries = [entry for entry in told if entry["kind"] == "held_out" and entry["step"] <= last_step]
-    prefix = "held_out/"
     return {k.removeprefix(prefix): v for k, v in entries[index].items() if k.startswith(prefix)} if entries else {}
+
+
+def scores_at(directory: Path, index: int, *, last_step: float = math.inf) -> dict[str, float]:
+    """The scores of the first (0) or last (-1) evaluation up to a step, as `held_out_at`; empty if there were none."""
+    return _evaluated(directory, index, last_step, "score/")
 
 
 def size_of(model: PreTrainedModel) -> dict[str, int]:
@@ -127,6 +140,8 @@ def summarize(directory: Path) -> str:
     tokenizer = load_tokenizer(source)
     before, after = held_out_at(directory, 0), held_out_at(directory, -1)
     lines = ["", "objective on held-out text        before      after"]
+    lines += [f"  {name:<28} {before.get(name, float('nan')):>10.4f} {value:>10.4f}" for name, value in after.items()]
+    before, after = scores_at(directory, 0), scores_at(directory, -1)
     lines += [f"  {name:<28} {before.get(name, float('nan')):>10.4f} {value:>10.4f}" for name, value in after.items()]
     if size_of(teacher)["width"] == size_of(student)["width"]:
         batch = held_out_text(recipe, tokenizer, COSINE_ROWS)

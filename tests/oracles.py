@@ -231,8 +231,18 @@ def pool(hidden, mask, pooling):
     rows = []
     for states, keep in zip(hidden, mask, strict=True):
         if any(keep):
-            chosen = states[:1] if pooling == "first" else [states[i] for i in real(keep)]
-            rows.append([mean(column) for column in zip(*chosen, strict=True)])
+            places = real(keep)
+            chosen = {"first": states[:1], "last": [states[places[-1]]]}.get(pooling, [states[i] for i in places])
+            columns = list(zip(*chosen, strict=True))
+            if pooling == "max":
+                rows.append([max(column) for column in columns])
+            elif pooling == "mean_sqrt_length":
+                rows.append([math.fsum(column) / math.sqrt(len(places)) for column in columns])
+            elif pooling == "weighted_mean":
+                total = sum(i + 1 for i in places)
+                rows.append([sum((i + 1) * x for i, x in zip(places, c, strict=True)) / total for c in columns])
+            else:
+                rows.append([mean(column) for column in columns])
     return rows
 
 
@@ -246,6 +256,10 @@ def pooled_cosine(s, t):
 
 def pooled_mse(s, t):
     return mean((x - y) ** 2 for a, b in zip(s, t, strict=True) for x, y in zip(unit(a), unit(b), strict=True))
+
+
+def pooled_mse_of_any_length(s, t):
+    return mean((x - y) ** 2 for a, b in zip(s, t, strict=True) for x, y in zip(a, b, strict=True))
 
 
 def pooled_similarity(s, t, temperature, diagonal=True):

@@ -186,11 +186,30 @@ class EpochOptimizationSettings(OptimizerSettings):
         return OptimizationSettings(**shared, steps=steps, warmup_steps=min(round(self.warmup * steps), steps - 1))
 
 
+class SentenceEvaluation(Strict):
+    """How good the student's sentence embeddings are, beside the teacher's."""
+
+    sts: Path | None = Field(
+        default=None, description="pairs with a score of their likeness: GLUE's STS-B folder or a file with its columns"
+    )
+    rows: int = Field(default=1000, ge=2, description="held-out rows among which nearest neighbours are sought")
+    neighbours: int = Field(default=10, ge=1, description="nearest rows that teacher and student should agree on")
+
+    @model_validator(mode="after")
+    def _neighbours_are_few(self) -> SentenceEvaluation:
+        if self.neighbours >= self.rows - 1:
+            raise ValueError(f"neighbours={self.neighbours} must be fewer than the other rows, of rows={self.rows}")
+        return self
+
+
 class EvaluationSettings(Strict):
     """The objectives on held-out text."""
 
     every_steps: int = Field(ge=1, description="also before the first step and after the last")
     rows: int = Field(ge=1, description="held-out rows, over all processes")
+    sentences: SentenceEvaluation | None = Field(
+        default=None, description="sentence embeddings: their order on scored pairs, their nearest neighbours"
+    )
 
 
 class LoggingSettings(Strict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils.hub import cached_file
 
 from dsdistill.locate import Source
 from dsdistill.models.capture import ATTENTION
 from dsdistill.models.families import drop_pooler, encoder_of
 from dsdistill.models.loading import Head, auto_class, head_of
-
-POOLING = "1_Pooling/config.json"
-WEIGHTLESS_MODULES = ("Transformer", "Pooling", "Normalize")
+from dsdistill.models.sentences import read_sentence_modules, write_sentence_modules
 
 
 def save_skeleton(student: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
@@ -82,8 +78,9 @@ def export_student(
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    if teacher is not None:
-        write_sentence_transformers(teacher, encoder_of(model).config.hidden_size, partial)
+    modules = read_sentence_modules(teacher) if teacher is not None else None
+    if teacher is not None and modules is not None and modules.problem is None:
+        write_sentence_modules(teacher, encoder_of(model).config.hidden_size, partial)
     check_reloaded(model, partial)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
@@ -106,47 +103,6 @@ def check_reloaded(model: PreTrainedModel, directory: Path) -> None:
         raise RuntimeError(
             f"export in {directory} computes something else: largest difference {(theirs - ours).abs().max():.2e}"
         )
-
-
-def write_sentence_transformers(teacher: Source, width: int, directory: Path) -> bool:
-    """Copy the teacher's sentence-transformers files, for the student's width.
-
-    Returns:
-        Whether the teacher is such a model whose modules need no weights beyond the encoder's.
-    """
-    modules = _teacher_file(teacher, "modules.json")
-    if modules is None:
-        return False
-    listed = json.loads(modules.read_text(encoding="utf-8"))
-    if any(module["type"].rpartition(".")[2] not in WEIGHTLESS_MODULES for module in listed):
-        return False
-    shutil.copyfile(modules, directory / "modules.json")
-    for module in listed:
-        (directory / module["path"]).mkdir(exist_ok=True)
-    for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
-        file = _teacher_file(teacher, name)
-        if file is not None:
-            shutil.copyfile(file, directory / name)
-    pooling = _teacher_file(teacher, POOLING)
-    if pooling is not None:
-        content = json.loads(pooling.read_text(encoding="utf-8"))
-        for key in ("word_embedding_dimension", "embedding_dimension"):
-            if key in content:
-                content[key] = width
-        (directory / POOLING).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return True
-
-
-def _teacher_file(teacher: Source, name: str) -> Path | None:
-    arguments = teacher.arguments()
-    found = cached_file(
-        arguments["pretrained_model_name_or_path"],
-        name,
-        revision=arguments["revision"],
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return Path(found) if found else None
 
 
 def model_card(facts: Mapping[str, Any], recipe_yaml: str) -> str:

@@ -162,11 +162,11 @@ class Distiller(nn.Module):
         Args:
             batch: Rows of this micro-batch.
             teacher: The teacher's signals for the same rows; `NOTHING` if no term needs a teacher; None to ask the
-                student for its logits only, without objectives.
+                student for its own only, without objectives.
             step: Optimizer step, for schedules.
         """
         if teacher is None:
-            return Losses(torch.zeros((), device=batch.input_ids.device), {}, self.student(batch).logits)
+            return Losses(torch.zeros((), device=batch.input_ids.device), {}, self.student(batch))
         replayed = None
         if self.replay is not None and self.training and torch.is_grad_enabled():
             replayed = self.replay(batch, teacher, step)

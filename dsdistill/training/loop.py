@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
+from torch import Tensor
 
 from dsdistill.config.recipe import Pace, RunSettings
 from dsdistill.core import NOTHING, Batch, Features, ModelShape, Problem
@@ -251,23 +252,44 @@ def evaluate(
 
 
 @torch.no_grad()
-def answers(engine: DeepSpeedEngine, batches: Iterable[Batch], place: Place) -> tuple[np.ndarray, np.ndarray]:
-    """The student's logits for rows of a task; every rank must call this with equally many batches of equal size.
+def answers(
+    engine: DeepSpeedEngine,
+    batches: Iterable[Batch],
+    place: Place,
+    read: Callable[[Features, Batch], Tensor] = lambda features, _: features.logits,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the student says about rows; every rank must call this with equally many batches of equal size.
 
     Args:
-        engine: Holds the `Distiller`, whose student captures logits.
+        engine: Holds the `Distiller`, whose student captures what `read` wants.
         batches: This rank's rows.
         place: This process.
+        read: (B, C) from a batch's signals; the logits of a task unless given.
 
     Returns:
-        int64 (M,) row numbers and float32 (M, C) logits over all ranks, in any order, repetitions included.
+        int64 (M,) row numbers and float32 (M, C) answers over all ranks, in any order, repetitions included.
     """
-    ids, logits = [], []
+
+    def ask(batch: Batch) -> Tensor:
+        answer = engine(batch, None, 0).answer
+        assert answer is not None
+        return read(answer, batch)
+
     engine.eval()
-    for batch in batches:
-        answer = engine(batch.to(place.device), None, 0).logits
-        ids.append(batch.sample_ids.to(place.device))
-        logits.append(answer.float())
+    found = over_all_ranks(ask, batches, place)
     engine.train()
-    numbers, values = (gather_rows(torch.cat(parts)).cpu().numpy() for parts in (ids, logits))  # sync
-    return numbers, values
+    return found
+
+
+@torch.no_grad()
+def over_all_ranks(
+    ask: Callable[[Batch], Tensor], batches: Iterable[Batch], place: Place
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers and what `ask` says about them, from the batches of all ranks, as `answers`."""
+    ids, values = [], []
+    for batch in batches:
+        batch = batch.to(place.device)
+        ids.append(batch.sample_ids)
+        values.append(ask(batch).float())
+    numbers, table = (gather_rows(torch.cat(parts)).cpu().numpy() for parts in (ids, values))  # sync
+    return numbers, table

@@ -1,12 +1,17 @@
 """Every shipped recipe really runs, on a tiny teacher with a masked-LM head."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+from scipy.stats import spearmanr
 
 from dsdistill.config.recipe import read_recipe
+from dsdistill.corpus.store import Corpus
 from dsdistill.plan import make_plan
+from dsdistill.sentence_scores import corpus_rows, neighbour_agreement
+from dsdistill.summary import export_run, scores_at
 from dsdistill.training.dist import find_place
 from tests.launch.recipe_workers import PER_RECIPE, RECIPES, cases, pretraining_recipes, short_overrides
 from tests.workers import run_workers
@@ -30,6 +35,30 @@ def losses_of(teacher: Path, corpus: Path, output: Path, steps: int, stages: lis
 @pytest.mark.multiprocess
 def test_every_shipped_recipe_runs(teacher_directory, corpus_directory, tmp_path):
     losses_of(teacher_directory, corpus_directory, tmp_path, 2, [0])
+    check_sentence_encoder(tmp_path / str(list(cases()).index("sentence_encoder")), tmp_path / "sts.tsv")
+
+
+def check_sentence_encoder(run: Path, pairs: Path) -> None:
+    """The exported student scores in sentence-transformers as it did at the end of its training."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    in_training = scores_at(run, -1)
+    model, teacher = (
+        sentence_transformers.SentenceTransformer(str(path), device="cpu")
+        for path in (export_run(run), read_recipe(run).teacher.model)
+    )
+    first, second, likeness = zip(*(line.split("\t") for line in pairs.read_text().splitlines()[1:]), strict=True)
+    for encoder, name in ((model, "sts_spearman"), (teacher, "teacher_sts_spearman")):
+        cosines = (encoder.encode(first) * encoder.encode(second)).sum(1)
+        assert spearmanr(cosines, [float(x) for x in likeness]).statistic == pytest.approx(in_training[name], abs=1e-6)
+    rows = corpus_rows(Corpus.open(read_recipe(run).corpus.directory, "held_out"), 30)
+    texts = model.tokenizer.batch_decode(
+        [rows.ids[a:b] for a, b in itertools.pairwise(rows.offsets)], skip_special_tokens=True
+    )
+    shared = neighbour_agreement(model.encode(texts), teacher.encode(texts), 3)
+    assert shared == pytest.approx(in_training["neighbours_at_3"], abs=1e-6)
+    assert 3 / 29 < shared < 1
+    card = (run / "model" / "README.md").read_text()
+    assert f"| sts_spearman | {in_training['sts_spearman']:.4f} |" in card
 
 
 @pytest.mark.multiprocess

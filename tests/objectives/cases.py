@@ -360,6 +360,21 @@ CASES = [
         oracle=pooled(oracles.pooled_mse, "first"),
     ),
     Case(
+        id="pooled-mse-of-any-length",
+        name="pooled",
+        params={"compare": "mse", "normalise": False},
+        oracle=pooled(oracles.pooled_mse_of_any_length, "mean"),
+    ),
+    *(
+        Case(
+            id=f"pooled-{pooling}",
+            name="pooled",
+            params={"pooling": pooling, "compare": "mse", "normalise": False},
+            oracle=pooled(oracles.pooled_mse_of_any_length, pooling),
+        )
+        for pooling in ("max", "mean_sqrt_length", "weighted_mean", "last")
+    ),
+    Case(
         id="pooled-similarity",
         name="pooled",
         params={"compare": "similarity", "temperature": 0.2},

@@ -60,6 +60,7 @@ def test_heads_have_no_parameters_that_their_loss_cannot_reach():
         {"compare": "similarity", "projection": "always"},
         {"compare": "cosine", "temperature": 0.1},
         {"compare": "mse", "diagonal": False},
+        {"compare": "cosine", "normalise": False},
     ],
 )
 def test_parameters_without_effect_on_pooled_are_refused(params):
