@@ -1,46 +1,44 @@
 """Checkpoints: written beside their final name, sealed by a manifest, renamed; the newest whole one is found by name.
 
 checkpoints/step-00000100/
-    deepspeed/            engine, optimizer and loss-scale state, one file per process
     student.safetensors   complete student in float32, from which the export is made
-    state.json            step, number of processes, ZeRO stage
+    heads.safetensors     the same of projections and memory banks
+    optimizer/*           Adam's moments by parameter, one file per process that holds some
+    state.json            step, loss scale, number of processes, ZeRO stage
     manifest.json         size and SHA-256 of every file, written last
+
+Nothing in it depends on DeepSpeed's layout, and nothing is a pickle: any number of processes goes on from it at any
+ZeRO stage, and reading it cannot run code.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from dsdistill.corpus.files import read_json
-from dsdistill.training.engine import full_weights
+from dsdistill.training.moments import read_moments, write_moments
+from dsdistill.training.optimizer_state import flats, full_weights, loss_scaling, persistent_buffers, set_loss_scaling
 
 MANIFEST = "manifest.json"
 STUDENT = "student.safetensors"
 STATE = "state.json"
-ENGINE = "deepspeed"
-CLIENT = "dsdistill"
-_ENGINE_STATE_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
-"""What DeepSpeed's own state holds beside tensors and plain values."""
+HEADS = "heads.safetensors"
+OPTIMIZER = "optimizer"
 
 
 class SaveError(OSError):
@@ -53,7 +51,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(
-    engine: DeepSpeedEngine, student: nn.Module, directory: Path, state: dict[str, Any], *, keep: int
+    engine: DeepSpeedEngine, modules: Mapping[str, nn.Module], directory: Path, state: dict[str, Any], *, keep: int
 ) -> Path:
     """Write a checkpoint; every process must call this.
 
@@ -61,7 +59,7 @@ def save_checkpoint(
 
     Args:
         engine: Holds model, optimizer and loss scale.
-        student: The part of the engine's module that is exported.
+        modules: By the name of their file the parts of the engine's module, which together hold all its parameters.
         directory: `checkpoints` of the run.
         state: JSON values with at least `step`.
         keep: Newest checkpoints that stay.
@@ -79,11 +77,12 @@ def save_checkpoint(
     def begin() -> None:
         for leftover in (partial, final):
             shutil.rmtree(leftover, ignore_errors=True)
-        (partial / ENGINE).mkdir(parents=True)
+        (partial / OPTIMIZER).mkdir(parents=True)
 
     def finish() -> None:
-        save_file(weights, partial / STUDENT)
-        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        for name, tensors in zip(modules, weights, strict=True):
+            save_file(tensors, partial / name)
+        (partial / STATE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         seal(partial)
         partial.rename(final)
         _sync(directory)
@@ -93,11 +92,11 @@ def save_checkpoint(
 
     problem = _agree(_attempt(begin, partial) if first else None)
     if problem is None:
-        with _errors_kept(engine) as errors:
-            engine.save_checkpoint(str(partial), tag=ENGINE, client_state={CLIENT: state}, save_latest=False)
-        weights = full_weights(engine, student)
-        problem = _agree(errors[0] if errors else None)
+        file = partial / OPTIMIZER / f"moments-{engine.global_rank:05d}.safetensors"
+        problem = _agree(_attempt(lambda: write_moments(engine, file), file))
     if problem is None:
+        weights = full_weights(engine, *modules.values())
+        told = state | {"skipped_steps": engine.skipped_steps, "loss_scaling": loss_scaling(engine)}
         problem = _agree(_attempt(finish, partial) if first else None)
     if problem is not None:
         if first:
@@ -119,25 +118,6 @@ def _attempt(write: Callable[[], object], path: Path) -> str | None:
             f"{shutil.disk_usage(there).free:,} are free there)"
         )
     return None
-
-
-@contextlib.contextmanager
-def _errors_kept(engine: DeepSpeedEngine) -> Iterator[list[str]]:
-    """Let DeepSpeed go on after a file that cannot be written: other processes wait for this one in its barriers."""
-    writer: Any = engine.checkpoint_engine
-    errors: list[str] = []
-    save = writer.save
-
-    def try_to_save(state_dict: Any, path: str) -> None:
-        problem = None if errors else _attempt(lambda: save(state_dict, path), Path(path))
-        if problem is not None:
-            errors.append(problem)
-
-    writer.save = try_to_save
-    try:
-        yield errors
-    finally:
-        del writer.save
 
 
 def _agree(problem: str | None) -> str | None:
@@ -238,7 +218,7 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What the run knew: step, number of processes, ZeRO stage, and a fingerprint of the recipe.
+    """What the run knew: step, loss scale, number of processes, ZeRO stage, and a fingerprint of the recipe.
 
     Raises:
         ValueError: If that is not in it.
@@ -246,46 +226,80 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = read_json(checkpoint / STATE)
         types = {"step": int, "world_size": int, "zero_stage": int, "micro_batch": int, "recipe": str}
+        types |= {"skipped_steps": int, "loss_scaling": dict | None}
         if all(isinstance(state[key], kind) for key, kind in types.items()):
             return state
     except (ValueError, KeyError):
         pass
-    raise ValueError(f"checkpoint {checkpoint}: {STATE} is not what a run writes")
+    raise ValueError(f"checkpoint {checkpoint}: {STATE} is not what this version writes")
 
 
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> None:
-    """Restore model, optimizer and loss scale from a verified checkpoint; every process must call this.
+def load_weights(modules: Mapping[str, nn.Module], checkpoint: Path) -> None:
+    """Put the weights of a verified checkpoint into the modules, before the engine copies and shards them.
+
+    Args:
+        modules: By the name of their file, as they were saved.
+        checkpoint: Verified.
 
     Raises:
-        ValueError: If a file holds more than tensors and plain values.
-        RuntimeError: If DeepSpeed finds nothing to load.
+        ValueError: If a file does not hold exactly the modules' weights.
     """
-    try:
-        with _no_code_from_pickles():
-            path, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"checkpoint {checkpoint}: a file in {ENGINE} is no engine state and was not loaded: it may run code; use "
-            f"checkpoints of your own runs only ({' '.join(str(error).split())[:300]})"
-        ) from error
-    if path is None:
-        raise RuntimeError(f"DeepSpeed could not load {checkpoint / ENGINE}")
+    for file, module in modules.items():
+        saved = _read(checkpoint / file)
+        own: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(persistent_buffers(module))}
+        different = sorted(
+            {n: t.shape for n, t in saved.items()}.items() ^ {n: t.shape for n, t in own.items()}.items()
+        )
+        if different:
+            raise ValueError(f"checkpoint {checkpoint}: {file} does not fit the model ({different[0][0]})")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
 
 
-@contextlib.contextmanager
-def _no_code_from_pickles() -> Iterator[None]:
-    """DeepSpeed unpickles without restriction; torch can be told to accept data and these classes only."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def load_optimizer(engine: DeepSpeedEngine, modules: Mapping[str, nn.Module], checkpoint: Path) -> None:
+    """Restore what the optimizer knew: float32 weights, moments, loss scale, counts; every process must call this.
+
+    Args:
+        engine: Made of the modules after `load_weights`, with any number of processes at any ZeRO stage.
+        modules: By the name of their file, as they were saved.
+        checkpoint: Verified.
+
+    Raises:
+        ValueError: On all processes alike, if the files do not hold every trained parameter's state.
+    """
+    state = read_state(checkpoint)
     try:
-        with torch.serialization.safe_globals(list(_ENGINE_STATE_CLASSES)):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        read_moments(engine, sorted((checkpoint / OPTIMIZER).glob("*.safetensors")))
+        _set_float32_weights(engine, modules, checkpoint)
+        problem = None
+    except (ValueError, SafetensorError) as error:
+        problem = f"checkpoint {checkpoint}: {' '.join(str(error).split())}"
+    problem = _agree(problem)
+    if problem is not None:
+        raise ValueError(problem)
+    set_loss_scaling(engine, state["loss_scaling"])
+    engine.global_steps, engine.skipped_steps = state["step"], state["skipped_steps"]
+    engine.micro_steps = state["step"] * engine.gradient_accumulation_steps()
+    engine.global_samples = state["step"] * engine.train_batch_size()
+
+
+def _set_float32_weights(engine: DeepSpeedEngine, modules: Mapping[str, nn.Module], checkpoint: Path) -> None:
+    """The engine has made its float32 copies of weights that were in half precision by then."""
+    full: dict[int, Tensor] = {}
+    for file, module in modules.items():
+        saved = _read(checkpoint / file)
+        full.update((id(parameter), saved[name].flatten()) for name, parameter in module.named_parameters())
+    for flat in flats(engine, writes=True):
+        for s in flat.stretches:
+            s.of(flat.values.data).copy_(full[id(s.parameter)][s.start : s.start + s.size])
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read as tensors: {' '.join(str(error).split())}") from error
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: optimizer groups, start, full weights whatever the ZeRO stage."""
+"""The DeepSpeed engine: processes, optimizer groups, start, backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from dsdistill.config.sections import OptimizationSettings
@@ -161,54 +160,3 @@ def half_precision(config: dict[str, Any]) -> torch.dtype:
         if config.get(key, {}).get("enabled"):
             return dtype
     return torch.float32
-
-
-def full_weights(engine: deepspeed.DeepSpeedEngine, module: nn.Module) -> dict[str, Tensor]:
-    """A module's complete weights in float32 on the CPU of rank 0; every process must call this.
-
-    Trained parameters come from the optimizer's float32 copies, frozen ones and buffers from the module, sharded ones
-    from all ranks. Tied weights appear once.
-
-    Args:
-        engine: The engine that holds `module`.
-        module: A part of the engine's module.
-
-    Returns:
-        Weights by name within `module`; empty on other ranks.
-    """
-    masters = _unsharded_masters(engine)
-    first = engine.global_rank == 0
-    weights: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        if full is None:
-            full = masters.get(id(parameter))
-        with _gathered(parameter) if full is None else contextlib.nullcontext():
-            if first:
-                weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
-    if first:
-        weights.update((name, buffer.detach().cpu().clone()) for name, buffer in persistent_buffers(module))
-    return weights
-
-
-def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that belong to the state dict."""
-    names = module.state_dict().keys()
-    return [(name, buffer) for name, buffer in module.named_buffers() if name in names]
-
-
-def _gathered(parameter: nn.Parameter) -> contextlib.AbstractContextManager:
-    return deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
-
-
-def _unsharded_masters(engine: deepspeed.DeepSpeedEngine) -> dict[int, Tensor]:
-    """Float32 copies that DeepSpeed's fp16 optimizer without ZeRO keeps, by id of the half parameter."""
-    halves = getattr(engine.optimizer, "fp16_groups", None)
-    masters = getattr(engine.optimizer, "fp32_groups", None)
-    if not halves or not masters:
-        return {}
-    return {
-        id(half): master
-        for group, copies in zip(halves, masters, strict=True)
-        for half, master in zip(group, copies, strict=True)
-    }

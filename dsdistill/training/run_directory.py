@@ -47,13 +47,29 @@ def fingerprint(recipe: RunSettings) -> str:
 
 def state_of(step: int, recipe: RunSettings, config: dict[str, Any], place: Place) -> dict[str, Any]:
     """What a checkpoint remembers beside the engine's own state; data order and masks follow from the step."""
+    return {"step": step, "recipe": fingerprint(recipe), **layout(config, place)}
+
+
+def layout(config: dict[str, Any], place: Place) -> dict[str, int]:
+    """How a run is spread over processes: it may go on with another."""
     return {
-        "step": step,
         "world_size": place.world_size,
         "zero_stage": zero_stage(config),
         "micro_batch": config["train_micro_batch_size_per_gpu"],
-        "recipe": fingerprint(recipe),
     }
+
+
+def changes(checkpoint: Path, config: dict[str, Any], place: Place) -> list[str]:
+    """What is different from when a checkpoint was saved, for people; nothing if nothing is."""
+    saved, now = read_state(checkpoint), layout(config, place)
+    names = {"world_size": "process(es)", "zero_stage": "as ZeRO stage", "micro_batch": "row(s) at once"}
+    told = [f"{saved[key]} {what}, now {now[key]}" for key, what in names.items() if saved[key] != now[key]]
+    if not told:
+        return []
+    lines = [f"it was saved with {'; '.join(told)}: same global batches and optimizer state"]
+    if (saved["world_size"], saved["micro_batch"]) != (now["world_size"], now["micro_batch"]):
+        lines.append("dropout is drawn anew, per process and micro-batch; sums are rounded in another order")
+    return lines
 
 
 def step_of(checkpoint: Path) -> int:
@@ -86,8 +102,7 @@ def enter(
         The verified checkpoint, or None to start from the beginning.
 
     Raises:
-        ValueError: On all processes alike, if the checkpoint is damaged or belongs to another recipe, other data,
-            another number of processes or ZeRO stage.
+        ValueError: On all processes alike, if the checkpoint is damaged or belongs to another recipe or other data.
     """
     outcome: list[Any] = [None]
     if place.is_first:
@@ -169,15 +184,6 @@ def choose_checkpoint(
             f"{checkpoint} belongs to another recipe ({difference(directory, recipe)}); set another `output`, or "
             "use --resume never, which moves the earlier run aside"
         )
-    for key, what in (
-        ("world_size", "process(es)"),
-        ("zero_stage", "as ZeRO stage"),
-        ("micro_batch", "row(s) at once"),
-    ):
-        if saved[key] != now[key]:
-            raise ValueError(
-                f"{checkpoint} was saved with {saved[key]} {what}, this run has {now[key]}; resume it as it was started"
-            )
     return checkpoint
 
 

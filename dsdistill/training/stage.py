@@ -10,7 +10,7 @@ from dsdistill.core import NOTHING
 from dsdistill.models.capture import Captured, Wanted
 from dsdistill.models.teacher import ResidentTeacher
 from dsdistill.training import run_directory
-from dsdistill.training.checkpoint import SaveError, load_checkpoint, save_checkpoint
+from dsdistill.training.checkpoint import HEADS, STUDENT, SaveError, load_optimizer, load_weights, save_checkpoint
 from dsdistill.training.dist import Place, gather_rows
 from dsdistill.training.distiller import Distiller, freeze_unreached
 from dsdistill.training.engine import start_engine
@@ -62,6 +62,9 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
     probe = stage.probe.to(place.device)
     signals = stage.held_out_teacher(probe) if stage.held_out_teacher is not None else NOTHING
     frozen = freeze_unreached(distiller, probe, signals)
+    modules = {STUDENT: stage.student.model, HEADS: distiller.heads}
+    if stage.checkpoint is not None:
+        load_weights(modules, stage.checkpoint)
     if stage.engine_config.get("torch_compile"):
         for captured in (stage.student, getattr(stage.teacher, "captured", None)):
             if captured is not None:
@@ -73,7 +76,7 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
     engine = start_engine(distiller, stage.pace.optimization, stage.engine_config, place)
     first_step, last_step = 0, stage.pace.optimization.steps
     if stage.checkpoint is not None:
-        load_checkpoint(engine, stage.checkpoint)
+        load_optimizer(engine, modules, stage.checkpoint)
         first_step = run_directory.step_of(stage.checkpoint)
     telemetry = Telemetry(stage.directory, place, first_step=first_step, last_step=last_step)
     telemetry.text("recipe", stage.recipe.to_yaml())
@@ -83,12 +86,14 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
         telemetry.note(f"{len(frozen)} parameters that no objective reaches are frozen, such as {frozen[0]}")
     if stage.checkpoint is not None:
         telemetry.note(f"resumed at step {first_step} from {stage.checkpoint}")
+        for change in run_directory.changes(stage.checkpoint, stage.engine_config, place):
+            telemetry.note(change)
 
     def save(step: int) -> bool:
         state = run_directory.state_of(step, stage.recipe, stage.engine_config, place)
         directory, settings = stage.directory / run_directory.CHECKPOINTS, stage.pace.checkpoint
         try:
-            save_checkpoint(engine, stage.student.model, directory, state, keep=settings.keep)
+            save_checkpoint(engine, modules, directory, state, keep=settings.keep)
         except SaveError as error:
             if settings.on_failure == "stop" or step == last_step:
                 raise

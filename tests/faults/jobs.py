@@ -32,7 +32,8 @@ class Job:
     """One process per rank; output goes to files, so that nobody waits for a reader.
 
     With `warm` the processes are forked from one that has imported everything, which saves most of a short job's time;
-    their command line is then not their own.
+    their command line is then not their own. `stage` is what follows zero in the name of a shipped JSON, or the path of
+    another.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Job:
         *settings: str,
         script: Path = PRETRAIN,
         world_size: int = 1,
-        stage: int = 2,
+        stage: int | str = 2,
         warm: Warm | None = None,
     ):
-        command = [str(script), "--ds_config", str(ROOT / "ds_configs" / f"zero{stage}.json")]
+        config = stage if str(stage).endswith(".json") else ROOT / "ds_configs" / f"zero{stage}.json"
+        command = [str(script), "--ds_config", str(config)]
         command += ["--recipe", str(recipe), *(part for setting in settings for part in ("--set", setting))]
         port = free_port()
         self.logs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (read until the end)

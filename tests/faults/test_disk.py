@@ -19,7 +19,7 @@ def test_a_full_disk_costs_no_checkpoint_and_stops_or_not_as_the_recipe_says(rec
     limit(job, LIMIT)
     assert job.codes() == [1, 1], job.tails()
     for rank in (0, 1):  # told on both ranks, though only one had the problem
-        assert "optim_states.pt: " in job.output(rank)
+        assert "moments-00001.safetensors: " in job.output(rank)
         assert f"({LIMIT:,} bytes were written" in job.output(rank)
         assert "Traceback" not in job.output(rank)
     kept = sorted((run / "checkpoints").iterdir())

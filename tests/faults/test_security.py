@@ -15,7 +15,7 @@ from dsdistill.corpus.store import Corpus
 from dsdistill.locate import Source
 from dsdistill.models.loading import load_config, load_encoder
 from dsdistill.plan import describe_plan, make_plan
-from dsdistill.training.checkpoint import STATE, seal, verify
+from dsdistill.training.checkpoint import OPTIMIZER, STATE, seal, verify
 from dsdistill.training.dist import find_place
 from tests.faults.jobs import LONG, Job
 from tests.workers import run_workers
@@ -45,7 +45,7 @@ def plant(path: Path, mark: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_engine_states_with_code_are_refused_at_every_zero_stage(recipe_content, mark):
+def test_checkpoints_with_code_are_refused(recipe_content, mark):
     recipe_content["optimization"].update(steps=2, warmup_steps=0)
     recipe_content["checkpoint"]["every_steps"] = 1
     recipe_content["evaluation"]["every_steps"] = 2
@@ -107,19 +107,19 @@ def test_shards_outside_of_a_corpus_are_refused(corpus_directory, tmp_path, plac
 @pytest.mark.parametrize("link", ["file", "folder"])
 def test_a_checkpoint_whose_files_lie_elsewhere_is_refused(tmp_path, link):
     checkpoint, elsewhere = tmp_path / "step-00000001", tmp_path / "elsewhere"
-    for directory in (checkpoint / "deepspeed", elsewhere):
+    for directory in (checkpoint / OPTIMIZER, elsewhere):
         directory.mkdir(parents=True)
     (checkpoint / STATE).write_text("{}")
-    (elsewhere / "state.pt").write_bytes(b"state")
-    shutil.copy(elsewhere / "state.pt", checkpoint / "deepspeed" / "state.pt")
+    (elsewhere / "moments.safetensors").write_bytes(b"state")
+    shutil.copy(elsewhere / "moments.safetensors", checkpoint / OPTIMIZER / "moments.safetensors")
     seal(checkpoint)
     verify(checkpoint)
-    shutil.rmtree(checkpoint / "deepspeed")
+    shutil.rmtree(checkpoint / OPTIMIZER)
     if link == "folder":
-        (checkpoint / "deepspeed").symlink_to(elsewhere)
+        (checkpoint / OPTIMIZER).symlink_to(elsewhere)
     else:
-        (checkpoint / "deepspeed").mkdir()
-        (checkpoint / "deepspeed" / "state.pt").symlink_to(elsewhere / "state.pt")
+        (checkpoint / OPTIMIZER).mkdir()
+        (checkpoint / OPTIMIZER / "moments.safetensors").symlink_to(elsewhere / "moments.safetensors")
     with pytest.raises(ValueError, match="leads out of the directory"):
         verify(checkpoint)
 

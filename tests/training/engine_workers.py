@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import dsdistill.pretrain as pretrain
@@ -15,25 +16,29 @@ from dsdistill.plan import make_plan
 from dsdistill.pretrain import build_models, distil, open_corpus
 from dsdistill.summary import held_out_at
 from dsdistill.training import graphs, loop
+from dsdistill.training.checkpoint import HEADS, OPTIMIZER, STUDENT, load_optimizer, load_weights, save_checkpoint
 from dsdistill.training.dist import find_place, gather_rows
-from dsdistill.training.distiller import Distiller
-from dsdistill.training.engine import backward, full_weights, parameter_groups, start_engine, start_processes
-from dsdistill.training.run_directory import CHECKPOINTS
+from dsdistill.training.distiller import Distiller, freeze_unreached
+from dsdistill.training.engine import backward, parameter_groups, start_engine, start_processes
+from dsdistill.training.optimizer_state import full_weights
+from dsdistill.training.run_directory import CHECKPOINTS, state_of
 from dsdistill.training.schedule import learning_rate
 from dsdistill.training.stage import capture_student
 
 STAGES = (0, 1, 2, 3)
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
 FP16 = {"enabled": True, "initial_scale_power": 8}
 
 
-def ds_json(stage: int, *, fp16: bool = False) -> dict:
-    plain = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
+def ds_json(stage: int | str, *, fp16: bool = False) -> dict:
+    zero = json.loads((CONFIGS / f"{stage}.json").read_text())["zero_optimization"] if isinstance(stage, str) else {}
+    plain = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero or {"stage": stage}}
     return {**plain, "fp16": FP16} if fp16 else plain
 
 
-def make_distiller(recipe: Recipe, stage: int, place):
+def make_distiller(recipe: Recipe, stage: int | str, place):
     plan = make_plan(recipe, ds_json(stage), place)
     student, teacher = build_models(plan, place)
     distiller = Distiller(
@@ -47,7 +52,7 @@ def make_distiller(recipe: Recipe, stage: int, place):
         teacher=shape_of(plan.teacher_config),
         num_examples=10,
         gather=gather_rows,
-        seed=5,
+        seed=recipe.seed,
     )
     return distiller, teacher, plan
 
@@ -80,7 +85,8 @@ def check_parity(content: dict) -> None:
         optimizer.step()
         optimizer.zero_grad()
     expected = {n: p.detach().clone() for n, p in distiller.named_parameters()}
-    for stage, checkpointing in (*((stage, False) for stage in STAGES), (3, True)):
+    stages = (*STAGES, "zero2_offload", "zero3_offload")
+    for stage, checkpointing in (*((stage, False) for stage in stages), (3, True)):
         content["student"]["activation_checkpointing"] = checkpointing
         sharded, teacher, plan = make_distiller(check_recipe(content, "test"), stage, place)
         for name, parameter in sharded.named_parameters():
@@ -95,7 +101,7 @@ def check_parity(content: dict) -> None:
                     group["lr"] = learning_rate(step, recipe.optimization)
                 backward(engine, engine(batch, teacher(batch), step).total)
                 engine.step()
-        weights = full_weights(engine, sharded)
+        (weights,) = full_weights(engine, sharded)
         assert teacher.checksum() == before
         assert not any(m.training for m in teacher.captured.modules())
         if place.is_first:
@@ -143,6 +149,9 @@ def check_resume(content: dict, *, fp16: bool = False) -> None:
             results.append(recipe.output)
         if place.is_first:
             compare(*results, atol=1e-4 if fp16 else 0.0)
+    if not fp16:
+        source = output / "broken-2" / CHECKPOINTS / "step-00000006"
+        convert(content, str(source), {str(output / str(stage)): stage for stage in (3, 0, "zero3_offload", 1, 2)})
 
 
 def compare(one: Path, other: Path, *, atol: float) -> None:
@@ -151,6 +160,59 @@ def compare(one: Path, other: Path, *, atol: float) -> None:
     for name, value in weights[0].items():
         difference = (value - weights[1][name]).abs().max().item()
         assert difference <= atol, f"{one.name}: {name} differs by {difference} after the resume"
+
+
+def convert(content: dict, source: str, targets: dict[str, int | str]) -> None:
+    """Load a checkpoint into an engine of a stage, save that, load it into the next; the tensors never change.
+
+    Args:
+        content: Recipe.
+        source: Checkpoint of a run of this recipe.
+        targets: ZeRO stage, or the name of a shipped JSON, by the directory to save to.
+    """
+    place = find_place()
+    if not dist.is_initialized():
+        start_processes(place)
+    recipe = check_recipe(content, "test")
+    checkpoint = Path(source)
+    for directory, stage in targets.items():
+        distiller, teacher, plan = make_distiller(recipe, stage, place)
+        probe = rows(0, 0, 2)
+        freeze_unreached(distiller, probe._replace(labels=probe.input_ids, targets=torch.arange(32)), teacher(probe))
+        modules = {STUDENT: distiller.student.model, HEADS: distiller.heads}
+        load_weights(modules, checkpoint)
+        config = plan.stages[0].engine_config
+        engine = start_engine(distiller, recipe.optimization, config, place)
+        load_optimizer(engine, modules, checkpoint)
+        state = state_of(engine.global_steps, recipe, config, place)
+        saved = save_checkpoint(engine, modules, Path(directory), state, keep=1)
+        if place.is_first:
+            assert_same_tensors(checkpoint, saved, f"{stage}, {place.world_size} process(es)")
+        checkpoint = saved
+        engine.destroy()
+
+
+def assert_same_tensors(one: Path, other: Path, what: str) -> None:
+    before, after = whole_tensors(one), whole_tensors(other)
+    assert before.keys() == after.keys(), (what, before.keys() ^ after.keys())
+    different = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    assert not different, (what, different)
+    assert any(name.startswith("exp_avg:") and tensor.any() for name, tensor in after.items())
+
+
+def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds, moments put together again."""
+    tensors = {f"{name}:{k}": v for name in (STUDENT, HEADS) for k, v in load_file(checkpoint / name).items()}
+    pieces: dict[str, dict[int, torch.Tensor]] = {}
+    for file in (checkpoint / OPTIMIZER).iterdir():
+        for key, tensor in load_file(file).items():
+            kind, start, name = key.split(":")
+            pieces.setdefault(f"{kind}:{name}", {})[int(start)] = tensor
+    for name, parts in pieces.items():
+        whole = [parts[start] for start in sorted(parts)]
+        tensors[name] = whole[0] if name.startswith("step:") else torch.cat(whole)
+        assert all(torch.equal(part, whole[0]) for part in whole) or not name.startswith("step:")
+    return tensors
 
 
 def check_fp16_stages(content: dict) -> None:

@@ -13,8 +13,9 @@ from dsdistill.models.teacher import ResidentTeacher
 from dsdistill.objectives import find_objective, layer_pairs
 from dsdistill.training.dist import find_place, gather_rows
 from dsdistill.training.distiller import BoundTerm, Distiller, freeze_unreached, wanted_signals
-from dsdistill.training.engine import backward, full_weights, parameter_groups, start_engine, start_processes
+from dsdistill.training.engine import backward, parameter_groups, start_engine, start_processes
 from dsdistill.training.loop import optimizer_of
+from dsdistill.training.optimizer_state import full_weights
 from tests.models.families_under_test import FAMILIES, tiny_configs
 
 SETTINGS = OptimizationSettings(steps=3, global_batch=4, learning_rate=1e-3, schedule="constant")
@@ -81,7 +82,7 @@ def check_families() -> None:
                 group["lr"] = 1e-3
             backward(engine, engine(batch, teacher(batch), step).total)
             engine.step()
-        weights = full_weights(engine, sharded)
+        (weights,) = full_weights(engine, sharded)
         if place.is_first:
             for name, value in plain.named_parameters():
                 message = f"{family}: {name}"

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,16 @@ from safetensors.torch import save_file
 
 from dsdistill.config.recipe import check_recipe
 from dsdistill.training import run_directory
-from dsdistill.training.checkpoint import MANIFEST, STATE, STUDENT, checkpoint_name, seal, verify, whole_checkpoints
+from dsdistill.training.checkpoint import (
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    STUDENT,
+    checkpoint_name,
+    seal,
+    verify,
+    whole_checkpoints,
+)
 from dsdistill.training.dist import Place, find_place, rendezvous
 
 PLACE = Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -16,10 +26,10 @@ CONFIG = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}
 
 def make_checkpoint(directory, recipe, step: int):
     path = directory / run_directory.CHECKPOINTS / checkpoint_name(step)
-    (path / "deepspeed").mkdir(parents=True)
-    (path / "deepspeed" / "state.pt").write_bytes(bytes(range(256)) * 8)
+    (path / OPTIMIZER).mkdir(parents=True)
+    (path / OPTIMIZER / "moments.safetensors").write_bytes(bytes(range(256)) * 8)
     save_file({"weight": torch.arange(4.0)}, path / STUDENT)
-    state = run_directory.state_of(step, recipe, CONFIG, PLACE)
+    state = run_directory.state_of(step, recipe, CONFIG, PLACE) | {"skipped_steps": 0, "loss_scaling": None}
     (path / STATE).write_text(json.dumps(state))
     seal(path)
     return path
@@ -46,9 +56,9 @@ def flip(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda c: flip(c / "deepspeed" / "state.pt"), r"state\.pt has changed"),
+        (lambda c: flip(c / OPTIMIZER / "moments.safetensors"), r"moments\.safetensors has changed"),
         (lambda c: (c / STUDENT).write_bytes(b"short"), r"student\.safetensors is missing or truncated"),
-        (lambda c: (c / "deepspeed" / "state.pt").unlink(), "missing or truncated"),
+        (lambda c: (c / OPTIMIZER / "moments.safetensors").unlink(), "missing or truncated"),
         (lambda c: (c / "planted.pt").write_bytes(b"x"), "not in its manifest"),
         (lambda c: (c / MANIFEST).write_text("{"), "never finished"),
         (lambda c: (c / MANIFEST).write_text((c / MANIFEST).read_text().replace(STATE, "../../" + STATE)), "leads out"),
@@ -67,10 +77,10 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(tmp_path, recipe, 
     leftover = tmp_path / "checkpoints" / "partial-step-00000012"
     leftover.mkdir()
     (damaged[0] / STUDENT).write_bytes(b"short")
-    flip(damaged[1] / "deepspeed" / "state.pt")
+    flip(damaged[1] / OPTIMIZER / "moments.safetensors")
     assert run_directory.enter(tmp_path, recipe, CONFIG, PLACE, "auto", data_sha256="d") == whole
     shown = capsys.readouterr().err
-    assert "step-00000009: deepspeed/state.pt has changed" in shown
+    assert "step-00000009: optimizer/moments.safetensors has changed" in shown
     assert "step-00000006: student.safetensors is missing or truncated" in shown
     assert "going back to step-00000003" in shown
     assert not leftover.exists()
@@ -120,16 +130,20 @@ def test_other_data_is_refused(tmp_path, recipe):
 
 
 @pytest.mark.parametrize(
-    ("place", "config", "message"),
+    ("place", "config", "told"),
     [
-        (Place(rank=0, local_rank=0, world_size=2, device=torch.device("cpu")), CONFIG, r"saved with 1 process\(es\)"),
-        (PLACE, {**CONFIG, "zero_optimization": {"stage": 3}}, "saved with 2 as ZeRO stage"),
+        (PLACE, CONFIG, []),
+        (replace(PLACE, world_size=2), CONFIG, ["saved with 1 process(es), now 2: same", "dropout is drawn anew"]),
+        (PLACE, {**CONFIG, "zero_optimization": {"stage": 3}}, ["saved with 2 as ZeRO stage, now 3: same"]),
+        (PLACE, {**CONFIG, "train_micro_batch_size_per_gpu": 2}, ["saved with 4 row(s) at once, now 2", "dropout"]),
     ],
 )
-def test_another_layout_is_refused(tmp_path, recipe, place, config, message):
-    make_checkpoint(tmp_path, recipe, 3)
-    with pytest.raises(ValueError, match=message):
-        run_directory.choose_checkpoint(tmp_path, recipe, config, place, "auto")
+def test_another_layout_goes_on_and_is_told(tmp_path, recipe, place, config, told):
+    checkpoint = make_checkpoint(tmp_path, recipe, 3)
+    assert run_directory.choose_checkpoint(tmp_path, recipe, config, place, "auto") == checkpoint
+    changes = run_directory.changes(checkpoint, config, place)
+    assert len(changes) == len(told)
+    assert all(part in line for part, line in zip(told, changes, strict=True))
 
 
 def test_never_moves_the_earlier_run_aside(tmp_path, recipe):
