@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from dsdistill.config.deepspeed import fill_auto
+from dsdistill.config.offload import check_machine
 from dsdistill.config.recipe import AnyRecipe, Pace, Recipe, TaskRecipe
 from dsdistill.config.sections import StudentSettings, Term
 from dsdistill.core import ModelShape, Problem
@@ -266,6 +267,7 @@ def plan_stage(
     """One stage, or None if something is wrong."""
     machine = {"world_size": place.world_size, "device_type": place.device.type, "row_length": row_length}
     filled = problems.of(lambda: fill_auto(ds_json, pace.optimization, **machine))
+    problems.of(lambda: check_machine(ds_json.get("zero_optimization", {})))
     if models.student is None:
         return None
     shapes = shape_of(models.student), shape_of(models.teacher)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dsdistill.config.offload import offload_device, offload_problems
 from dsdistill.config.problems import nearest
 from dsdistill.config.sections import OptimizationSettings
 
@@ -137,6 +138,8 @@ def _key_problems(content: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: must be true or false, got {value!r}"
         elif value and isinstance(zero, dict) and zero.get("stage") == 3:
             yield f"{key}: cannot be used with ZeRO 3, which collects weights between modules; use ZeRO 0, 1 or 2"
+    if isinstance(zero, dict):
+        yield from offload_problems(zero)
     fp16, bf16 = (content.get(key, {}) for key in ("fp16", "bf16"))
     if isinstance(fp16, dict) and isinstance(bf16, dict) and fp16.get("enabled") and bf16.get("enabled"):
         yield "fp16 and bf16 are both enabled; choose one"
@@ -246,6 +249,10 @@ def fill_auto(
     filled["train_micro_batch_size_per_gpu"] = micro
     filled["gradient_accumulation_steps"] = per_process // micro
     filled["gradient_clipping"] = optimization.gradient_clipping
+    zero = filled.get("zero_optimization", {})
+    if offload_device(zero, "offload_optimizer") != "none":
+        # torch's fused AdamW steps on the host; DeepSpeed's own for that must first be compiled on every machine
+        filled.setdefault("zero_force_ds_cpu_optimizer", False)
     filled.setdefault("steps_per_print", 2**31)
     # it waits for the device twice a step, for numbers that nobody sees; ours are in metrics.jsonl
     filled.setdefault("timers", {"throughput": {"enabled": False}})

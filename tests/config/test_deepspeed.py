@@ -4,9 +4,11 @@ from pathlib import Path
 import pytest
 
 from dsdistill.config.deepspeed import fill_auto, read_deepspeed_json
+from dsdistill.config.offload import check_machine
 from dsdistill.config.sections import OptimizationSettings
 
 JSONS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+NVME = {"device": "nvme", "nvme_path": "/tmp"}
 OPTIMIZATION = OptimizationSettings(steps=10, global_batch=24, learning_rate=1e-3, gradient_clipping=0.5)
 
 
@@ -37,6 +39,13 @@ def test_shipped_jsons_are_filled_for_deepspeed(path):
         ({"cuda_graphs": 1}, "cuda_graphs: must be true or false, got 1"),
         ({"cuda_graphs": True, "zero_optimization": {"stage": 3}}, "cuda_graphs: cannot be used with ZeRO 3"),
         ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "offload_optimizer.devise: unknown key"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer: ZeRO 0 cannot"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param: ZeRO 2 cannot"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": NVME}}, "only ZeRO 3 can use NVMe"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "nvme_path: missing"),
+        ({"zero_optimization": {"stage": 3, "offload_param": NVME}}, "nvme needs offload_optimizer too"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio: not supp"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size: its optimizer state cannot"),
         ({"zero_optimization": 2}, "zero_optimization: must be an object"),
         ({"fp16": {"enabled": True, "lossscale": 0}}, "fp16.lossscale: unknown key (did you mean 'loss_scale'?)"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled"),
@@ -56,6 +65,25 @@ def test_keys_that_deepspeed_would_ignore_or_that_live_elsewhere_are_refused(tmp
     with pytest.raises(ValueError, match="problem") as error:
         read_deepspeed_json(write(tmp_path, content))
     assert message in str(error.value)
+
+
+def test_an_offloaded_optimizer_is_torchs(tmp_path):
+    content = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    filled, _ = fill_auto(content, OPTIMIZATION, world_size=1, device_type="cpu", row_length=128)
+    assert filled["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_nvme_is_refused_where_it_cannot_work(monkeypatch):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    check_machine({"stage": 3, "offload_optimizer": {"device": "cpu"}})
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "ninja" else f"/usr/bin/{name}")
+    with pytest.raises(ValueError, match="there is no ninja; install a C\\+\\+ compiler and ninja-build"):
+        check_machine({"stage": 3, "offload_optimizer": NVME})
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)
+    with pytest.raises(ValueError, match="install them \\(libaio-dev on Debian"):
+        check_machine({"stage": 3, "offload_param": NVME})
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")])
