@@ -1,0 +1,103 @@
+"""A run moves: stopped on so many processes at one ZeRO stage, it goes on with others at another, on the same rows."""
+
+import itertools
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from dsdistill.corpus.order import positions_to_rows
+from dsdistill.corpus.store import Corpus
+from tests.faults.jobs import Job
+from tests.faults.test_kills import training_losses
+from tests.faults.warm import Warm
+
+pytestmark = pytest.mark.multiprocess
+STEPS = 40
+ROWS = 12
+"""Per step: divisible by one, two and three processes."""
+TOLERANCE = 1e-5
+"""Relative, of any step's loss: gradients are summed in another order."""
+
+
+@pytest.fixture
+def elastic_recipe(tmp_path, recipe_content) -> Path:
+    """Without dropout, and without objectives that mean something else when a batch is cut elsewhere."""
+    recipe_content["student"]["dropout"] = 0.0
+    kept = [term for term in recipe_content["objectives"] if term["objective"] != "mlm"]
+    records = {"objective": "tests.training.toy_objectives:records", "file": str(tmp_path / "rows")}
+    recipe_content["objectives"] = [*kept, records]
+    recipe_content["optimization"].update(global_batch=ROWS, steps=STEPS)
+    recipe_content["evaluation"]["every_steps"] = recipe_content["checkpoint"]["every_steps"] = 1000
+    recipe_content["logging"]["every_steps"] = 1
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_content))
+    return path
+
+
+def move(recipe: Path, run: Path, layouts: list[tuple[int, int | str]], warm: Warm | None) -> str:
+    """Stop the run in each layout but the last after some steps; what the first process said."""
+    said = ""
+    for number, (world_size, stage) in enumerate(layouts):
+        moved = Job(recipe, f"output={run}", world_size=world_size, stage=stage, warm=warm)
+        if number < len(layouts) - 1:
+            seen = STEPS * (number + 1) // (len(layouts) + 1)
+            moved.wait_until(lambda moved=moved, seen=seen: f"step {seen}/{STEPS}  loss" in moved.output(0))
+            os.killpg(moved.processes[-1].pid, signal.SIGTERM)
+            assert moved.codes() == [3] * world_size, moved.tails()
+        else:
+            assert not any(moved.codes()), moved.tails()
+        said += moved.output(0)
+    return said
+
+
+def check_moves(recipe: Path, tmp_path: Path, layouts: list[tuple[int, int | str]], warm: Warm | None) -> None:
+    """The moved run reads each row once, and its losses are those of a run that stays where it is."""
+    move(recipe, tmp_path / "unbroken", [layouts[0]], warm)
+    rows = (tmp_path / "rows").rename(tmp_path / "unbroken-rows")
+    said = move(recipe, tmp_path / "moved", layouts, warm)
+    assert said.count("resumed at step") == len(layouts) - 1
+    for (before, old), (now, new) in itertools.pairwise(layouts):
+        assert before == now or f"it was saved with {before} process(es), now {now}" in said
+        assert str(old)[0] == str(new)[0] or f"{str(old)[0]} as ZeRO stage, now {str(new)[0]}" in said
+    whole, moved = (dict(training_losses(tmp_path / name)) for name in ("unbroken", "moved"))
+    assert list(moved) == list(whole) == list(range(1, STEPS + 1))
+    differences = [abs(moved[step] / whole[step] - 1) for step in whole]
+    assert max(differences) < TOLERANCE, differences
+    print(f"largest relative difference of a loss: {max(differences):.1e}")
+    assert trained_rows(rows) == trained_rows(tmp_path / "rows") == rows_of_stream(recipe)
+
+
+def trained_rows(record: Path) -> Counter[int]:
+    """How often each row was trained on; lines of two are the probes at the start."""
+    lines = [line.split() for line in record.read_text().splitlines()]
+    return Counter(int(row) for line in lines if len(line) != 2 for row in line)
+
+
+def rows_of_stream(recipe: Path) -> Counter[int]:
+    content = yaml.safe_load(recipe.read_text())
+    corpus = Corpus.open(Path(content["corpus"]["directory"]), "train")
+    _, rows = positions_to_rows(np.arange(STEPS * ROWS), num_rows=corpus.num_rows, seed=content["seed"])
+    return Counter(rows.tolist())
+
+
+def test_a_run_goes_on_with_other_processes_at_another_stage(elastic_recipe, tmp_path, warm):
+    check_moves(elastic_recipe, tmp_path, [(2, 2), (1, 3), (3, "2_offload"), (2, 0)], warm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        [(2, 2), (1, 2), (2, 2)],
+        [(2, 3), (3, 3)],
+        [(2, 1), (2, 2), (2, 3), (2, 0), (2, 1)],
+        [(1, 0), (3, "3_offload"), (2, "2_offload"), (1, 1)],
+    ],
+)
+def test_more_moves(elastic_recipe, tmp_path, warm, layouts):
+    check_moves(elastic_recipe, tmp_path, layouts, warm)
