@@ -28,35 +28,50 @@ class Place:
         return self.rank == 0
 
 
+def task_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """The launcher's variables, made of SLURM's for a task that `srun` started; nothing for other processes.
+
+    A batch script has SLURM's variables too, but only the tasks of a step are processes of one run. The first task
+    runs on the first node of the step.
+    """
+    if "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
+        return {}
+    job, step = (int(environment[name]) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    found = {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "MASTER_PORT": str(20000 + (job + 97 * step) % 10000),
+    }
+    if "MASTER_ADDR" not in environment:
+        found["MASTER_ADDR"] = _first_host(environment["SLURM_STEP_NODELIST"])
+    return found
+
+
 def find_place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Read the launcher's variables (deepspeed, torchrun), SLURM's, or none for a single process."""
-    local_rank = int(environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or 0)
+    """Read the launcher's variables (deepspeed, torchrun), those made of SLURM's, or none for a single process."""
+    found = {**task_of_slurm(environment), **environment}
+    local_rank = int(found.get("LOCAL_RANK") or 0)
     cuda = torch.cuda.is_available() and environment.get("DS_ACCELERATOR", "cuda") == "cuda"
     # one visible GPU per task (srun --gpus-per-task=1) is always number 0
     index = local_rank if cuda and torch.cuda.device_count() > 1 else 0
     return Place(
-        rank=int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0),
+        rank=int(found.get("RANK") or 0),
         local_rank=local_rank,
-        world_size=int(environment.get("WORLD_SIZE") or environment.get("SLURM_NTASKS") or 1),
+        world_size=int(found.get("WORLD_SIZE") or 1),
         device=torch.device("cuda", index) if cuda else torch.device("cpu"),
     )
 
 
-def rendezvous(place: Place) -> dict[str, str]:
+def rendezvous(place: Place, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The five variables that every backend reads; without all of them DeepSpeed looks for MPI."""
-    job = os.environ.get("SLURM_JOB_ID")
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if address is None:
-        nodes = os.environ.get("SLURM_JOB_NODELIST") if place.world_size > 1 else None
-        address = _first_host(nodes) if nodes else "127.0.0.1"
-    if port is None:
-        port = str(20000 + int(job) % 10000) if job and place.world_size > 1 else free_port()
+    found = {**(task_of_slurm(environment) if place.world_size > 1 else {}), **environment}
     return {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),
         "WORLD_SIZE": str(place.world_size),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
+        "MASTER_ADDR": found.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": found.get("MASTER_PORT") or free_port(),
     }
 
 

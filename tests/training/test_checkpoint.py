@@ -18,7 +18,7 @@ from dsdistill.training.checkpoint import (
     verify,
     whole_checkpoints,
 )
-from dsdistill.training.dist import Place, find_place, rendezvous
+from dsdistill.training.dist import Place
 
 PLACE = Place(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 CONFIG = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}}
@@ -162,13 +162,3 @@ def test_a_run_directory_tells_how_it_was_made_but_not_where(tmp_path, recipe):
     text = (tmp_path / "run" / "run.json").read_text()
     assert '"torch"' in text
     assert os.uname().nodename not in text
-
-
-def test_slurm_variables_become_a_place(monkeypatch):
-    place = find_place({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "DS_ACCELERATOR": "cpu"})
-    assert (place.rank, place.world_size, place.local_rank) == (3, 4, 1)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    single = rendezvous(find_place({"DS_ACCELERATOR": "cpu"}))
-    assert single["WORLD_SIZE"] == "1"
-    assert single["MASTER_ADDR"] == "127.0.0.1"
