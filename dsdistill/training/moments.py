@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import deepspeed
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsdistill.training.optimizer_state import MOMENTS, STEP, Stretch, flats, is_sharded
 
@@ -91,4 +91,5 @@ def _fill(state: dict[str, Any], s: Stretch, pieces: Sequence[_Piece], name: str
 
 
 def _names(engine: deepspeed.DeepSpeedEngine) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in engine.named_parameters()}
+    module = cast(nn.Module, engine.module)
+    return {id(parameter): name for name, parameter in module.named_parameters()}

@@ -149,9 +149,11 @@ def check_resume(content: dict, *, fp16: bool = False) -> None:
             results.append(recipe.output)
         if place.is_first:
             compare(*results, atol=1e-4 if fp16 else 0.0)
+    source = str(output / "broken-2" / CHECKPOINTS / "step-00000006")
     if not fp16:
-        source = output / "broken-2" / CHECKPOINTS / "step-00000006"
-        convert(content, str(source), {str(output / str(stage)): stage for stage in (3, 0, "zero3_offload", 1, 2)})
+        convert(content, source, {str(output / str(stage)): stage for stage in (3, 0, "zero3_offload", 1, 2)})
+    half = {"fp16": FP16} if fp16 else {"bf16": {"enabled": True}}
+    convert(content, source, {str(output / f"{stage}-half"): stage for stage in (3, 0, "zero2_offload", 1, 2)}, half)
 
 
 def compare(one: Path, other: Path, *, atol: float) -> None:
@@ -162,13 +164,14 @@ def compare(one: Path, other: Path, *, atol: float) -> None:
         assert difference <= atol, f"{one.name}: {name} differs by {difference} after the resume"
 
 
-def convert(content: dict, source: str, targets: dict[str, int | str]) -> None:
+def convert(content: dict, source: str, targets: dict[str, int | str], half: dict | None = None) -> None:
     """Load a checkpoint into an engine of a stage, save that, load it into the next; the tensors never change.
 
     Args:
         content: Recipe.
         source: Checkpoint of a run of this recipe.
         targets: ZeRO stage, or the name of a shipped JSON, by the directory to save to.
+        half: The JSON's section for a half precision: the optimizer's float32 weights never change, frozen ones do.
     """
     place = find_place()
     if not dist.is_initialized():
@@ -181,19 +184,26 @@ def convert(content: dict, source: str, targets: dict[str, int | str]) -> None:
         freeze_unreached(distiller, probe._replace(labels=probe.input_ids, targets=torch.arange(32)), teacher(probe))
         modules = {STUDENT: distiller.student.model, HEADS: distiller.heads}
         load_weights(modules, checkpoint)
-        config = plan.stages[0].engine_config
+        config = plan.stages[0].engine_config | (half or {})
         engine = start_engine(distiller, recipe.optimization, config, place)
         load_optimizer(engine, modules, checkpoint)
         state = state_of(engine.global_steps, recipe, config, place)
         saved = save_checkpoint(engine, modules, Path(directory), state, keep=1)
         if place.is_first:
-            assert_same_tensors(checkpoint, saved, f"{stage}, {place.world_size} process(es)")
+            trained = {name for name, p in engine.module.named_parameters() if p.requires_grad} if half else None
+            assert_same_tensors(checkpoint, saved, f"{stage}, {place.world_size} process(es), {half}", trained)
         checkpoint = saved
         engine.destroy()
 
 
-def assert_same_tensors(one: Path, other: Path, what: str) -> None:
+def assert_same_tensors(one: Path, other: Path, what: str, names: set[str] | None) -> None:
+    """Of these parameters of the engine's module, or of all."""
     before, after = whole_tensors(one), whole_tensors(other)
+    if names is not None:
+        wanted = {f"{kind}:{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in names}
+        wanted |= {name.replace("student.model.", f"{STUDENT}:").replace("heads.", f"{HEADS}:") for name in names}
+        before, after = ({k: v for k, v in both.items() if k in wanted} for both in (before, after))
+        assert len(before) == 4 * len(names), what
     assert before.keys() == after.keys(), (what, before.keys() ^ after.keys())
     different = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     assert not different, (what, different)
