@@ -1,7 +1,9 @@
 """A run moves: stopped on so many processes at one ZeRO stage, it goes on with others at another, on the same rows."""
 
 import itertools
+import json
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -9,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from dsdistill.corpus.order import positions_to_rows
 from dsdistill.corpus.store import Corpus
-from tests.faults.jobs import Job
+from tests.faults.jobs import TASK, Job
 from tests.faults.test_kills import training_losses
+from tests.faults.test_task_runs import stop, wait_for_steps
 from tests.faults.warm import Warm
+from tests.workers import ROOT
 
 pytestmark = pytest.mark.multiprocess
 STEPS = 40
@@ -101,3 +106,44 @@ def test_a_run_goes_on_with_other_processes_at_another_stage(elastic_recipe, tmp
 )
 def test_more_moves(elastic_recipe, tmp_path, warm, layouts):
     check_moves(elastic_recipe, tmp_path, layouts, warm)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_on_a_task_moves_in_each_of_its_parts(task_content, teacher_directory, tmp_path, warm):
+    """In the teacher's fine-tuning, and in the first stage; rows are padded, so micro-batches stay what they are."""
+    teacher = shutil.copytree(teacher_directory, tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (teacher / "config.json").write_text(json.dumps(config))
+    task_content["teacher"]["model"] = str(teacher)
+    task_content["student"]["dropout"] = 0.0
+    task_content["logging"]["every_steps"] = 1
+    for stage in task_content["stages"]:
+        stage["optimization"] |= {"epochs": 4.0}
+    recipe = tmp_path / "task.yaml"
+    recipe.write_text(yaml.safe_dump(task_content))
+    parts = ["fine-tuning", "intermediate", ""]
+    runs = {"unbroken": [(2, "2", "")], "moved": list(zip((2, 1, 2), ("2", "3_offload", "0"), parts, strict=True))}
+    for name, layouts in runs.items():
+        for world_size, stage, part in layouts:
+            where = (f"output={tmp_path / name / 'run'}", f"teacher.directory={tmp_path / name / 'teachers'}")
+            json_file = small_batches(stage, tmp_path)
+            job = Job(recipe, *where, script=TASK, world_size=world_size, stage=str(json_file), warm=warm)
+            if part:
+                wait_for_steps(job, part)
+                stop(job, signal.SIGTERM)
+            else:
+                assert not any(job.codes()), job.tails()
+    one, other = (load_file(tmp_path / name / "run" / "model" / "model.safetensors") for name in runs)
+    assert one.keys() == other.keys()
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
+    assert (tmp_path / "unbroken/run/predictions/dev.tsv").exists()
+
+
+def small_batches(stage: str, directory: Path) -> Path:
+    """A shipped JSON with eight rows at once."""
+    content = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
+    path = directory / f"zero{stage}.json"
+    path.write_text(json.dumps(content | {"train_micro_batch_size_per_gpu": 8}))
+    return path

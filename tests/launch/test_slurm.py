@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,3 +184,50 @@ def test_a_bad_recipe_ends_the_job_with_its_reason(cluster, pretrain, tmp_path):
     assert wait_for_end(cluster, job) == "FAILED"
     assert cluster.field(job, "ExitCode") == "2:0"
     assert "nowhere.json cannot be read" in text_of(tmp_path / "run.log")
+
+
+@pytest.fixture
+def stopped_once(tmp_path) -> Path:
+    """Stands for a Python whose every job says that it was asked to stop at first, and is done the second time."""
+    path = tmp_path / "python"
+    job = "${SLURM_ARRAY_TASK_ID:-0}"
+    path.write_text(
+        f'#!/bin/bash\necho "told: $*"\n[[ -e {tmp_path}/{job} ]] || {{ touch {tmp_path}/{job}; exit 3; }}\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "variables", "told"),
+    [
+        ("task_array", ("--array=0-1",), {"GRID": "g.yaml", "OFFSET": "7"}, "--grid g.yaml --cell {7}"),
+        ("task_array", (), {"GRID": "g.yaml", "STEP": "report"}, "--grid g.yaml --report"),
+        ("prepare_corpus", (), {"INPUT": "a b", "TOKENIZER": "t", "OUTPUT": "o"}, "--input a b --tokenizer t"),
+    ],
+)
+def test_other_jobs_that_are_stopped_come_back(cluster, stopped_once, tmp_path, script, options, variables, told):
+    log = tmp_path / "job-%a.log" if options else tmp_path / "job-0.log"
+    job = cluster.submit(
+        *(f"--output={log}", "--cpus-per-task=1", *options, f"launch/slurm/{script}.sbatch"),
+        **{"PYTHON": str(stopped_once), **variables},
+    )
+    cluster.wait_until(lambda: not cluster.run("squeue", "--noheader", "--jobs", job).strip(), "end", patience(90))
+    for number in range(2 if options else 1):
+        said = text_of(tmp_path / f"job-{number}.log")
+        assert said.count(told.replace("{7}", str(7 + number))) == 2, said
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_tensorboard_answers_on_the_loopback_and_says_how_to_reach_it(cluster, tmp_path):
+    variables = {"LOGDIR": str(tmp_path), "PYTHON": sys.executable, "LOGIN": "login.example.org", "USER": "me"}
+    log = tmp_path / "job.log"
+    job = cluster.submit(f"--output={log}", "launch/slurm/tensorboard.sbatch", **variables)
+    cluster.wait_until(lambda: "Press CTRL+C to quit" in text_of(log), "TensorBoard", patience(90))
+    (port,) = re.findall(r"ssh -N -L (\d+):127\.0\.0\.1:\1 -J me@login\.example\.org me@n1", text_of(log))
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
+        assert answer.status == 200
+    cluster.run("scancel", job)
+    assert wait_for_end(cluster, job) == "CANCELLED"
