@@ -2,11 +2,11 @@
 
     python benchmarks/encoders.py --teacher all-mpnet-base-v2 --corpus data/wikipedia --glue data/glue
 
-trains three students for `--minutes` each, as many at once as `--together` says, with the recipe `sentence_encoder`. It
-then scores the teacher, the students before distillation (with layers of the teacher) and after it on STS-B by the cosine
-of their embeddings, fine-tunes all of them on two tasks, prints a Markdown table and writes `encoders.json`. The corpus
-holds one text a row: `launch/prepare_corpus.py --documents line --rows document --long_documents truncate`; where it is
-missing, it is prepared from `--text`. Started again, it goes on with what is not done.
+trains three students for `--minutes` each, as many at once as `--together` says, with the recipe `sentence_encoder`.
+Then the teacher and the students, before distillation (with layers of the teacher) and after it, are scored on STS-B by
+the cosine of their embeddings and fine-tuned on two tasks; a Markdown table is printed and `encoders.json` written. The
+corpus holds one text a row (`launch/prepare_corpus.py --documents line --rows document --long_documents truncate`);
+where it is missing, it is prepared from `--text`. Started again, it goes on with what is not done.
 """
 
 from __future__ import annotations
