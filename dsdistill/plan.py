@@ -15,7 +15,7 @@ from dsdistill.config.recipe import AnyRecipe, Pace, Recipe, TaskRecipe
 from dsdistill.config.sections import StudentSettings, Term
 from dsdistill.core import ModelShape, Problem
 from dsdistill.locate import Source
-from dsdistill.models.families import Wanted, available, family_of, max_length, shape_of
+from dsdistill.models.families import Wanted, added_to_scores, available, family_of, max_length, shape_of
 from dsdistill.models.loading import (
     check_family,
     has_masked_lm_architecture,
@@ -300,26 +300,29 @@ Configs = tuple[PreTrainedConfig, PreTrainedConfig]
 
 def kernel_problems(terms: Iterable[BoundTerm], configs: Configs) -> list[str]:
     """Objectives for which the fused kernel is demanded, but which it cannot compute for these families."""
-    biased = [family for family in map(family_of, configs) if family.bias is not None]
+    biased = [config for config in configs if added_to_scores(config) is not None]
     return [
-        f"{term.label}: kernel: fused cannot be used, because {biased[0].title} adds {biased[0].bias} to its attention "
-        "scores; use kernel: auto"
+        f"{term.label}: kernel: fused cannot be used, because {said_of_scores(biased[0])}; use kernel: auto"
         for term in terms
         if biased
         and term.params.get("kernel") == "fused"
-        and any("bias" in s for s in term.objective.needs(term.params))
+        and any("bias" in signals for signals in term.objective.needs(term.params))
     ]
 
 
 def bias_notes(student: Wanted, teacher: Wanted, configs: Configs) -> list[str]:
     """Which attention scores have a bias and are therefore compared without the fused kernel."""
     named = {
-        f"{family_of(config).title} adds {family_of(config).bias} to its attention scores: the objectives on them "
-        "count it, and use the plain implementation"
+        f"{said_of_scores(config)}: the objectives on them count it, and use the plain implementation"
         for wants, config in zip((student, teacher), configs, strict=True)
         if "bias" in wants
     }
     return sorted(named)
+
+
+def said_of_scores(config: PreTrainedConfig) -> str:
+    """What a family adds to its attention scores, as a sentence."""
+    return f"{family_of(config).title} adds {added_to_scores(config)} to its attention scores"
 
 
 def finish_plan(

@@ -99,14 +99,14 @@ def size_of(model: PreTrainedModel) -> dict[str, int]:
 def rows_per_second(model: PreTrainedModel, batch: Batch) -> float:
     """Median speed of the encoder on the CPU in float32."""
     encoder = encoder_of(model).cpu().float().eval()
-    call = partial(encoder, input_ids=batch.input_ids, attention_mask=batch.mask)
+    call = partial(encoder, input_ids=batch.input_ids, attention_mask=batch.mask.long())
     return len(batch.input_ids) / statistics.median(seconds_of_calls(call, torch.device("cpu"), budget_s=0.0))
 
 
 @torch.no_grad()
 def sentence_embeddings(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Mean of the last hidden states over real positions, (B, E)."""
-    hidden = encoder_of(model)(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
+    hidden = encoder_of(model)(input_ids=batch.input_ids, attention_mask=batch.mask.long()).last_hidden_state
     real = batch.mask[..., None].to(hidden.dtype)
     return (hidden * real).sum(1) / real.sum(1)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from dsdistill.core import Batch, Features
 from dsdistill.models.documents import borders_of, positions_of
-from dsdistill.models.families import Wanted, available, encoder_of, hidden_state_modules, layer_list
+from dsdistill.models.families import Wanted, available, encoder_of, family_of, hidden_state_modules, layer_list
 from dsdistill.models.own_attention import use_recorded_attention
 from dsdistill.models.recorder import ATTENTION, Enough, Recorder, record_with, recorder
 
@@ -80,6 +80,7 @@ class Captured(nn.Module):
         self.takes_token_types = getattr(model.config, "type_vocab_size", 0) > 1
         if any(layer > self.num_layers for layers in self.wanted.values() for layer in layers):
             raise ValueError(f"wanted layers {self.wanted} exceed the model's {self.num_layers}")
+        self.needs_mask = family_of(encoder_of(model).config).needs_mask
         self.end = self._end()
         inputs, outputs = hidden_state_modules(model)
         for module in inputs:
@@ -126,6 +127,8 @@ class Captured(nn.Module):
         if batch.segments is not None:
             inputs["attention_mask"] = borders_of(batch)
             inputs["position_ids"] = positions_of(batch.segments, encoder_of(self.model).config)
+        elif self.needs_mask:
+            inputs["attention_mask"] = batch.mask.long()
         elif batch.padded:
             inputs["attention_mask"] = batch.mask
         if self.takes_token_types and batch.token_type_ids is not None:

@@ -44,7 +44,8 @@ def isolation_problem(config: PreTrainedConfig) -> str | None:
     encoder = encoder[0] if isinstance(encoder, tuple) else encoder
     if encoder is None:
         return None  # code that came with the model, which tells at its first forward
-    if not encoder._supports_attention_backend and not family_of(config).own_attention:
+    family = family_of(config)
+    if not family.isolates or not (encoder._supports_attention_backend or family.own_attention):
         reason = "keeps attention code of its own, which knows no documents"
     elif "position_ids" not in inspect.signature(encoder.forward).parameters:
         reason = "takes no position ids, which have to begin anew in each document"

@@ -40,6 +40,9 @@ class Family:
         own_attention: Whether it does not use the attention interface; `own_attention.py` then has its attention.
         bias: What its attention adds to the scores, in words; None if they are scaled products only.
         layer: Name of the class of its layers, where the model class does not say.
+        after_first_layer: Name of the class of a module that makes the first layer's hidden state, if a model has one.
+        needs_mask: Whether it must always be given a mask, of integers: without one it asks the device for padding.
+        isolates: Whether documents packed into one row can be kept apart.
         names: Where it is built as BERT is, what its weights are called: (here, in BERT), parts of names, replaced one
             after the other; empty where they are called the same. None: weights go to no other family.
         projections: Names of the query, key and value projections of an attention module, called in this order on one
@@ -53,6 +56,9 @@ class Family:
     own_attention: bool = False
     bias: str | None = None
     layer: str | None = None
+    after_first_layer: str | None = None
+    needs_mask: bool = False
+    isolates: bool = True
     names: Names | None = None
     projections: tuple[str, ...] = ("query", "key", "value")
     first_position: int | None = 0
@@ -62,6 +68,17 @@ FAMILIES: dict[str, Family] = {
     "albert": Family(title="ALBERT", tested="AlbertForMaskedLM"),
     "bert": Family(title="BERT", tested="BertForMaskedLM", names=()),
     "camembert": Family(title="CamemBERT", tested="CamembertForMaskedLM", names=LM_HEAD, first_position=None),
+    "deberta-v2": Family(
+        title="DeBERTa-v2, -v3",
+        tested="DebertaV2ForMaskedLM",
+        own_attention=True,
+        bias="products of content and position",
+        layer="DebertaV2Layer",
+        after_first_layer="ConvLayer",
+        needs_mask=True,
+        isolates=False,
+        projections=(),
+    ),
     "distilbert": Family(
         title="DistilBERT",
         tested="DistilBertForMaskedLM",
@@ -124,9 +141,14 @@ def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES.get(config.model_type, ANY)
 
 
+def added_to_scores(config: PreTrainedConfig) -> str | None:
+    """What such a model adds to its attention scores, in words; None if they are scaled products only."""
+    return family_of(config).bias if getattr(config, "relative_attention", True) else None
+
+
 def available(config: PreTrainedConfig, wanted: Wanted) -> dict[Signal, tuple[int, ...]]:
     """The wanted signals that such a model has: all, except the bias where its attention adds none."""
-    biased = family_of(config).bias is not None
+    biased = added_to_scores(config) is not None
     return {
         signal: tuple(sorted(layers)) for signal, layers in wanted.items() if layers and (biased or signal != "bias")
     }
@@ -185,9 +207,10 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
 
 def hidden_state_modules(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
     """The modules whose inputs, and those whose outputs, are hidden states of the layers, each called once a layer."""
-    wanted = layer_class(model)
+    wanted, named = layer_class(model), family_of(encoder_of(model).config).after_first_layer
     layers = [module for module in model.modules() if isinstance(module, wanted)]
-    return layers, layers
+    instead_of_first = [module for module in model.modules() if type(module).__name__ == named]
+    return layers, [*instead_of_first, *layers[len(instead_of_first) :]]
 
 
 def first_position(config: PreTrainedConfig) -> int:

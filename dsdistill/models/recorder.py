@@ -120,8 +120,8 @@ def biased_attention(
         key: The same.
         value: The same.
         bias: (B or 1, H, L, L), or None.
-        mask: Added to the scores, (B, 1, 1 or L, L): 0 or the type's minimum; or the borders of documents, as in
-            `core.Batch.borders`; None hides nothing.
+        mask: (B, 1, 1 or L, L), True where a query may attend, or added to the scores: 0 or the type's minimum; or the
+            borders of documents, as in `core.Batch.borders`; None hides nothing.
         scaling: Factor on the products.
         dropout: Rate for the attention's probabilities.
 
@@ -131,7 +131,9 @@ def biased_attention(
     if _recorder is not None:
         _recorder.put_attention(query, key, value, scaling=scaling, bias=bias)
     if mask is not None and mask.ndim == 1:
-        mask = additive(same_document(mask, query.shape[0], query.shape[2], None), query.dtype)
+        mask = same_document(mask, query.shape[0], query.shape[2], None)
+    if mask is not None and mask.dtype is torch.bool and bias is not None:
+        mask = additive(mask, bias.dtype)
     added = mask if bias is None else bias if mask is None else bias + mask.to(bias.dtype)
     context = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=added, dropout_p=dropout, scale=scaling

@@ -1,9 +1,11 @@
 """Tiny random models of every family that the tests sweep."""
 
+import pytest
 from transformers import (
     AlbertConfig,
     BertConfig,
     CamembertConfig,
+    DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
     ModernBertConfig,
@@ -30,6 +32,16 @@ def tiny_configs() -> dict[str, PreTrainedConfig]:
         "roberta": RobertaConfig(**SIZES),
         "xlm-roberta": XLMRobertaConfig(**SIZES),
         "camembert": CamembertConfig(**SIZES),
+        "deberta-v2": DebertaV2Config(
+            **SIZES,
+            relative_attention=True,
+            position_buckets=8,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            position_biased_input=False,
+            conv_kernel_size=3,
+        ),
         "distilbert": DistilBertConfig(dim=32, n_layers=4, n_heads=4, hidden_dim=64, vocab_size=100),
         "electra": ElectraConfig(**SIZES, embedding_size=16),
         "albert": AlbertConfig(**SIZES, embedding_size=16),
@@ -47,3 +59,10 @@ def tiny_configs() -> dict[str, PreTrainedConfig]:
 
 
 FAMILIES = sorted(tiny_configs())
+
+_CODE_OF_ITS_OWN = ("albert", "bert", "deberta-v2", "distilbert", "modernbert", "mpnet")
+
+FAMILIES_TO_COMPILE = [
+    family if family in _CODE_OF_ITS_OWN else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES
+]
+"""For tests that take seconds for each family: those whose code resembles another's are part of `make test-all`."""

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, DebertaV2Config
+from transformers import AutoModel, AutoModelForMaskedLM, DebertaConfig, FunnelConfig
 
 from dsdistill.core import Batch
 from dsdistill.models.capture import ATTENTION, Captured
 from dsdistill.models.families import available, truncate
 from dsdistill.models.loading import check_family
-from tests.models.families_under_test import FAMILIES, tiny_configs
+from tests.models.families_under_test import FAMILIES, FAMILIES_TO_COMPILE, tiny_configs
 
 WANTED = {"query": [2, 3], "key": [2, 3], "bias": [2, 3], "value": [3], "hidden": [0, 1, 3, 4]}
 
@@ -37,7 +37,7 @@ def test_capture_equals_eager_attentions_and_hidden_states(family, padded):
     batch = make_batch(padded)
     features = Captured(build(family, ATTENTION), WANTED)(batch)
     reference = build(family, "eager")(
-        input_ids=batch.input_ids, attention_mask=batch.mask, output_attentions=True, output_hidden_states=True
+        input_ids=batch.input_ids, attention_mask=batch.mask.long(), output_attentions=True, output_hidden_states=True
     )
     for layer in WANTED["hidden"]:
         ours, theirs = features.at("hidden", layer), reference.hidden_states[layer]
@@ -66,7 +66,7 @@ def test_logits_at_targets_equal_the_full_head(family):
     batch = make_batch(True)
     model = build(family, ATTENTION, AutoModelForMaskedLM)
     features = Captured(model, {"logits": [-1], "hidden": [4]})(batch)
-    full = model(input_ids=batch.input_ids, attention_mask=batch.mask).logits
+    full = model(input_ids=batch.input_ids, attention_mask=batch.mask.long()).logits
     torch.testing.assert_close(features.logits, full.flatten(0, 1)[batch.targets], rtol=1e-5, atol=1e-6)
     assert features.at("hidden", 4).shape == (2, 24, 32)
 
@@ -124,8 +124,8 @@ def test_checkpointing_records_once_with_equal_gradients(family):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
 
 
-COMPILED = ("bert", "albert", "modernbert")
-"""Compiled in an ordinary run: separate layers, shared ones, rotary ones with windows; each takes seconds."""
+COMPILED = ("bert", "albert", "modernbert", "mpnet")
+"""Compiled in an ordinary run: separate layers, shared ones, rotary ones with windows, a bias; each takes seconds."""
 
 
 @pytest.mark.parametrize("family", [f if f in COMPILED else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
@@ -156,7 +156,7 @@ EVERYTHING = {"query": [1, 2, 3, 4], "key": [1, 2, 3, 4], "value": [1, 2, 3, 4],
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("wanted", "end"), ENDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_TO_COMPILE)
 def test_a_forward_that_stops_early_records_the_same(family, wanted, end, compiled):
     batch = make_batch(True)
     complete = Captured(build(family, ATTENTION), EVERYTHING)(batch)
@@ -183,7 +183,7 @@ def test_nothing_runs_that_nobody_wants():
     assert not any(name.startswith(("encoder.layer.3", "pooler")) for name in calls)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_TO_COMPILE)
 def test_compiled_attention_gets_no_mask_where_nothing_is_hidden(family):
     """With one, SDPA cannot be flash attention."""
     captured = Captured(build(family, ATTENTION), {"hidden": [4]})
@@ -197,7 +197,9 @@ def test_compiled_attention_gets_no_mask_where_nothing_is_hidden(family):
     torch._dynamo.reset()
     torch.compile(captured, fullgraph=True, backend=backend)(make_batch(False))
     assert len(masks) == 4
-    assert sum(mask is not None for mask in masks) == {"modernbert": 2, "mpnet": 4}.get(family, 0)  # windows, biases
+    assert sum(mask is not None for mask in masks) == {"modernbert": 2, "mpnet": 4, "deberta-v2": 4}.get(
+        family, 0
+    )  # windows, biases
 
 
 def test_a_compiled_student_trains_as_an_eager_one():
@@ -222,7 +224,7 @@ def test_families_that_can_be_captured_are_known_from_their_configs(family):
     check_family(tiny_configs()[family])
 
 
-@pytest.mark.parametrize("config", [DebertaV2Config])
+@pytest.mark.parametrize("config", [DebertaConfig, FunnelConfig])
 def test_families_with_attention_of_their_own_are_refused_by_name(config):
     with pytest.raises(ValueError, match=f"{config.model_type} keeps attention code of its own"):
         check_family(config())

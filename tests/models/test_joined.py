@@ -3,15 +3,15 @@ import torch
 
 from dsdistill.models.capture import ATTENTION, Captured
 from dsdistill.models.joined import join_projections
-from tests.models.families_under_test import FAMILIES
+from tests.models.families_under_test import FAMILIES_TO_COMPILE
 from tests.models.test_capture import EVERYTHING, build, make_batch
 
-JOINED = {"albert": 1, "modernbert": 0}
-"""ALBERT's layers share one attention module, ModernBERT projects jointly by itself."""
+JOINED = {"albert": 1, "modernbert": 0, "deberta-v2": 0}
+"""ALBERT's layers share one attention module, ModernBERT projects jointly by itself, DeBERTa projects positions too."""
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_TO_COMPILE)
 def test_joined_projections_give_the_same_signals(family, compiled):
     batch = make_batch(True)
     expected = Captured(build(family, ATTENTION), EVERYTHING)(batch)
