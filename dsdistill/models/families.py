@@ -29,6 +29,8 @@ LM_HEAD: Names = (
 )
 """RoBERTa's masked-LM head, which several families share."""
 
+PROJ = ("q_proj", "k_proj", "v_proj")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
@@ -68,6 +70,9 @@ FAMILIES: dict[str, Family] = {
     "albert": Family(title="ALBERT", tested="AlbertForMaskedLM"),
     "bert": Family(title="BERT", tested="BertForMaskedLM", names=()),
     "camembert": Family(title="CamemBERT", tested="CamembertForMaskedLM", names=LM_HEAD, first_position=None),
+    "data2vec-text": Family(
+        title="data2vec-text", tested="Data2VecTextForMaskedLM", names=LM_HEAD, first_position=None
+    ),
     "deberta-v2": Family(
         title="DeBERTa-v2, -v3",
         tested="DebertaV2ForMaskedLM",
@@ -109,6 +114,9 @@ FAMILIES: dict[str, Family] = {
             ("generator_lm_head.bias", "cls.predictions.bias"),
         ),
     ),
+    "ernie": Family(title="ERNIE", tested="ErnieForMaskedLM", names=()),
+    "eurobert": Family(title="EuroBERT", tested="EuroBertForMaskedLM", projections=PROJ),
+    "gte": Family(title="GTE", tested="GteForMaskedLM", projections=PROJ),
     "modernbert": Family(title="ModernBERT", tested="ModernBertForMaskedLM", projections=()),
     "mpnet": Family(
         title="MPNet",
@@ -127,12 +135,14 @@ FAMILIES: dict[str, Family] = {
         projections=("q", "k", "v"),
         first_position=2,
     ),
+    "nomic_bert": Family(title="NomicBERT", tested="NomicBertForMaskedLM", projections=PROJ),
     "roberta": Family(title="RoBERTa", tested="RobertaForMaskedLM", names=LM_HEAD, first_position=None),
     "xlm-roberta": Family(title="XLM-R", tested="XLMRobertaForMaskedLM", names=LM_HEAD, first_position=None),
+    "xlm-roberta-xl": Family(title="XLM-R XL", tested="XLMRobertaXLForMaskedLM", first_position=None),
 }
-"""By `model_type`. Families that use the attention interface, tell their layers and project as BERT need no entry."""
+"""By `model_type`. Families that use the attention interface and tell their layers need no entry."""
 
-ANY = Family(title="any other that uses the attention interface", tested="")
+ANY = Family(title="any other that uses the attention interface", tested="RoCBertForMaskedLM", projections=())
 """What is assumed of a family without an entry."""
 
 

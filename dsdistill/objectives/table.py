@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from dsdistill.objectives.registry import OBJECTIVES, Objective
@@ -20,18 +22,34 @@ def markdown_table() -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
-def with_table(document: str) -> str:
-    """A document with the table as it is now between its markers.
+def with_table(document: str, table: str, markers: tuple[str, str] = MARKERS) -> str:
+    """A document with a table between its markers.
 
     Raises:
         ValueError: If it does not have each marker once, in order.
     """
-    start, end = MARKERS
+    start, end = markers
     before, found, rest = document.partition(f"{start}\n")
     old, closed, after = rest.partition(f"{end}\n")
-    if not (found and closed) or any(marker in part for marker in MARKERS for part in (before, old, after)):
-        raise ValueError(f"has no single pair of lines {start} and {end} for the table of objectives; put them in")
-    return f"{before}{start}\n{markdown_table()}{end}\n{after}"
+    if not (found and closed) or any(marker in part for marker in markers for part in (before, old, after)):
+        raise ValueError(f"has no single pair of lines {start} and {end} for the table; put them in")
+    return f"{before}{start}\n{table}{end}\n{after}"
+
+
+def print_or_update(program: str, description: str | None, table: str, markers: tuple[str, str]) -> None:
+    """A command that prints a table, or with `--update FILE` puts it into a document."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument(
+        "--update", type=Path, metavar="FILE", help="replace the table between the markers of this file"
+    )
+    file = parser.parse_args().update
+    if file is None:
+        print(table, end="")
+        return
+    try:
+        file.write_text(with_table(file.read_text(encoding="utf-8"), table, markers), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        parser.error(f"{file}: {error}")
 
 
 def _cells(entry: Objective) -> tuple[str, ...]:

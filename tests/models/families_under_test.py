@@ -1,19 +1,29 @@
 """Tiny random models of every family that the tests sweep."""
 
 import pytest
+import transformers
 from transformers import (
     AlbertConfig,
     BertConfig,
     CamembertConfig,
+    Data2VecTextConfig,
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    ErnieConfig,
+    EuroBertConfig,
     ModernBertConfig,
     MPNetConfig,
+    NomicBertConfig,
     PreTrainedConfig,
     RobertaConfig,
+    RoCBertConfig,
     XLMRobertaConfig,
+    XLMRobertaXLConfig,
 )
+
+WITHOUT_ENTRY = "roc_bert"
+"""A family that the table of families does not know."""
 
 SIZES = {
     "hidden_size": 32,
@@ -29,8 +39,15 @@ def tiny_configs() -> dict[str, PreTrainedConfig]:
     """A fresh config per family; models share a config object they are built from, so never reuse one."""
     return {
         "bert": BertConfig(**SIZES),
+        "data2vec-text": Data2VecTextConfig(**SIZES),
+        "ernie": ErnieConfig(**SIZES),
+        "eurobert": EuroBertConfig(**SIZES, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        "nomic_bert": NomicBertConfig(**SIZES),
         "roberta": RobertaConfig(**SIZES),
+        WITHOUT_ENTRY: RoCBertConfig(**SIZES, enable_pronunciation=False, enable_shape=False),
         "xlm-roberta": XLMRobertaConfig(**SIZES),
+        "xlm-roberta-xl": XLMRobertaXLConfig(**SIZES),
+        **({"gte": transformers.GteConfig(**SIZES)} if hasattr(transformers, "GteConfig") else {}),
         "camembert": CamembertConfig(**SIZES),
         "deberta-v2": DebertaV2Config(
             **SIZES,

@@ -3,10 +3,10 @@ import torch
 
 from dsdistill.models.capture import ATTENTION, Captured
 from dsdistill.models.joined import join_projections
-from tests.models.families_under_test import FAMILIES_TO_COMPILE
+from tests.models.families_under_test import FAMILIES_TO_COMPILE, WITHOUT_ENTRY
 from tests.models.test_capture import EVERYTHING, build, make_batch
 
-JOINED = {"albert": 1, "modernbert": 0, "deberta-v2": 0}
+JOINED = {"albert": 1, "modernbert": 0, "deberta-v2": 0, WITHOUT_ENTRY: 0}
 """ALBERT's layers share one attention module, ModernBERT projects jointly by itself, DeBERTa projects positions too."""
 
 

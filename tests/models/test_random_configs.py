@@ -27,6 +27,8 @@ def drawn(family: str, draw: random.Random) -> PreTrainedConfig:
     sizes["hidden_dim" if family == "distilbert" else "intermediate_size"] = draw.choice([7, 24, 33])
     if family == "modernbert":
         sizes |= {"local_attention": draw.choice([4, 8, 30]), "global_attn_every_n_layers": draw.choice([1, 2, 3])}
+    if family == "eurobert":
+        sizes["num_key_value_heads"] = draw.choice([1, heads])
     if family == "deberta-v2":
         sizes |= {
             "pos_att_type": draw.choice([["p2c", "c2p"], ["c2p"], ["p2c"]]),
@@ -74,7 +76,9 @@ def test_drawn_configurations_are_captured_as_eager_attention_computes(family):
             message = f"{family}, seed {seed}, layer {layer}: {config}"
             ours, theirs = features.at("hidden", layer)[real], reference.hidden_states[layer][real]
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=message)
-            scores = features.at("query", layer) @ features.at("key", layer).mT * features.scaling[layer]
+            query, key = features.at("query", layer), features.at("key", layer)
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+            scores = query @ key.mT * features.scaling[layer]
             scores = scores if features.bias(layer) is None else scores + features.bias(layer)
             allowed = real[:, None, None, :]
             if layer in features.windows:

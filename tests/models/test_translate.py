@@ -31,7 +31,10 @@ def make_teacher(family: str, auto=AutoModelForMaskedLM):
     return model
 
 
-@pytest.mark.parametrize(("ours", "theirs"), itertools.permutations(BUILT_LIKE_BERT, 2))
+PAIRS = [pair for pair in itertools.permutations(BUILT_LIKE_BERT, 2) if {"bert", "mpnet"} & set(pair)]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_all_layers_of_a_teacher_are_the_teacher_in_another_family(ours, theirs):
     teacher = make_teacher(theirs)
     config = student_config(teacher.config, 4, LAYERS, family=ours)
