@@ -7,6 +7,8 @@
 
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# since SLURM 22.05 srun does not take sbatch's --cpus-per-task over by itself
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}; fi
 
 # step COMMAND...: runs it as a job step, one process per task; ends with 3 if it was asked to stop
 step() {
