@@ -61,8 +61,8 @@ def move(recipe: Path, run: Path, layouts: list[tuple[int, int | str]], warm: Wa
 
 
 def check_moves(recipe: Path, tmp_path: Path, layouts: list[tuple[int, int | str]], warm: Warm | None) -> None:
-    """The moved run reads each row once, and its losses are those of a run that stays where it is."""
-    move(recipe, tmp_path / "unbroken", [layouts[0]], warm)
+    """The moved run reads each row once, and its losses are those of a run that is where it ends from the start."""
+    move(recipe, tmp_path / "unbroken", layouts[-1:], warm)
     rows = (tmp_path / "rows").rename(tmp_path / "unbroken-rows")
     said = move(recipe, tmp_path / "moved", layouts, warm)
     assert said.count("resumed at step") == len(layouts) - 1
@@ -91,13 +91,14 @@ def rows_of_stream(recipe: Path) -> Counter[int]:
 
 
 def test_a_run_goes_on_with_other_processes_at_another_stage(elastic_recipe, tmp_path, warm):
-    check_moves(elastic_recipe, tmp_path, [(2, 2), (1, 3), (3, "2_offload"), (2, 0)], warm)
+    check_moves(elastic_recipe, tmp_path, [(2, 3), (1, 0)], warm)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layouts",
     [
+        [(2, 2), (1, 3), (3, "2_offload"), (2, 0)],
         [(2, 2), (1, 2), (2, 2)],
         [(2, 3), (3, 3)],
         [(2, 1), (2, 2), (2, 3), (2, 0), (2, 1)],
