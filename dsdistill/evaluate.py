@@ -208,11 +208,12 @@ def _row(name: str, fields: Sequence[Any]) -> str:
     return f"| {' | '.join([name, *map(str, fields)])} |"
 
 
-def write_card(card: Path, table: str) -> None:
-    """Put the table into a model card between its markers: in place of an older one, before the recipe, or last."""
+def write_card(card: Path, table: str, *, name: str = "speed", title: str = "Speed and size") -> None:
+    """Put a table into a model card between its markers: in place of an older one, before the recipe, or last."""
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    section = f"{BEGIN}\n## Speed and size\n\n{table}\n{END}\n"
-    old = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL)
+    begin, end = (mark.replace("speed", name) for mark in (BEGIN, END))
+    section = f"{begin}\n## {title}\n\n{table}\n{end}\n"
+    old = re.compile(re.escape(begin) + ".*?" + re.escape(end) + r"\n?", re.DOTALL)
     if old.search(text):
         text = old.sub(lambda _: section, text, count=1)
     elif "\n## Recipe\n" in text:
