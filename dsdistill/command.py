@@ -29,13 +29,16 @@ them without it.
 """
 
 
-def parse_arguments(description: str, examples: str, *, recipe: Path | None) -> argparse.Namespace:
+def parse_arguments(
+    description: str, examples: str, *, recipe: Path | None, mlm_head: bool = False
+) -> argparse.Namespace:
     """The command line.
 
     Args:
         description: What the command does.
         examples: Shown by `--help`.
         recipe: Used if none is given; None asks for one.
+        mlm_head: Whether the command can fit a masked-LM head first.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -53,6 +56,12 @@ def parse_arguments(description: str, examples: str, *, recipe: Path | None) -> 
         "--resume", default="auto", help="auto (the default), never, or the path of a checkpoint to go on from"
     )
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
+    if mlm_head:
+        parser.add_argument(
+            "--fit_mlm_head",
+            action="store_true",
+            help="first train a masked-LM head on the frozen teacher, which has none (teacher.mlm_head says how)",
+        )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args()
 

@@ -100,6 +100,8 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
     stage = plan_stage(recipe.objectives, recipe.pace, models, problems, ds_json, place, row_length=row_length)
     if stage is not None and "logits" in stage.student_wants:
         problems.found += logit_problems(recipe, source, models.teacher, stage.terms)
+    elif stage is not None and recipe.student.frozen_encoder:
+        problems.found.append("student.frozen_encoder trains a masked-LM head, but no objective reads logits; use mlm")
     if rows is not None:
         problems.found += row_problems(recipe, rows, models.teacher, models.student)
         if rows.packed and stage is not None:
@@ -353,7 +355,7 @@ def finish_plan(
 def logit_problems(recipe: Recipe, source: Source, teacher: PreTrainedConfig, terms: Iterable[BoundTerm]) -> list[str]:
     """What stands in the way of objectives that read logits, as far as configs tell."""
     problems = []
-    if not has_masked_lm_architecture(teacher):
+    if not has_masked_lm_architecture(teacher) and not recipe.student.frozen_encoder:
         problems.append(missing_head(source))
     reads_labels = any(term.objective.name == "mlm" for term in terms)
     if recipe.masking.probability == 0 and (reads_labels or recipe.masking.targets == "masked"):
@@ -418,6 +420,7 @@ def describe_start(plan: Plan[Any]) -> str:
 def missing_head(source: Source) -> str:
     """Why a recipe with logits cannot run on this teacher, and what can."""
     return (
-        f"{source.model} has no masked-LM head, but an objective reads logits (kd, mlm): use a teacher saved with its "
-        "head, such as google-bert/bert-base-uncased, or objectives on relations, attention or hidden states"
+        f"{source.model} has no masked-LM head, but an objective reads logits (kd, mlm): add --fit_mlm_head, "
+        "which trains one on the frozen encoder first, use a teacher saved with its head, such as "
+        "google-bert/bert-base-uncased, or objectives on relations, attention or hidden states"
     )

@@ -18,8 +18,8 @@ from dsdistill.corpus.masking import Masker
 from dsdistill.corpus.prepare import prepare
 from dsdistill.corpus.store import Corpus
 from dsdistill.models.export import save_skeleton
-from dsdistill.models.families import shape_of
-from dsdistill.models.loading import head_of, load_encoder, load_tokenizer
+from dsdistill.models.families import encoder_of, shape_of
+from dsdistill.models.loading import head_of, load_encoder, load_tokenizer, load_with_new_head
 from dsdistill.models.sentences import SentenceModules, read_sentence_modules, text_length
 from dsdistill.models.student import build_student
 from dsdistill.models.teacher import ResidentTeacher
@@ -187,7 +187,8 @@ def build_models(plan: Plan[Recipe], place: Place) -> tuple[PreTrainedModel, Res
         ValueError: If the recipe wants logits of a model without a head.
     """
     recipe, (stage,) = plan.recipe, plan.stages
-    complete = load_encoder(plan.source)
+    frozen = recipe.student.frozen_encoder
+    complete = load_with_new_head(plan.source, seed=recipe.seed) if frozen else load_encoder(plan.source)
     if "logits" in {*stage.student_wants, *stage.teacher_wants} and head_of(complete) == "none":
         raise ValueError(missing_head(plan.source))
     settings = recipe.student
@@ -199,6 +200,8 @@ def build_models(plan: Plan[Recipe], place: Place) -> tuple[PreTrainedModel, Res
         resize=settings.resize,
         init_from=settings.init_from,
     )
+    if frozen:
+        encoder_of(student).requires_grad_(False)
     if not stage.teacher_wants:
         return student, None
     dtype = half_precision(stage.engine_config)

@@ -18,11 +18,11 @@ EXAMPLES = """\
 
 def main() -> int:
     """Parse, check, run."""
-    arguments = parse_arguments("Distil an encoder on unlabelled text.", EXAMPLES, recipe=QUICKSTART)
+    arguments = parse_arguments("Distil an encoder on unlabelled text.", EXAMPLES, recipe=QUICKSTART, mlm_head=True)
+    from dsdistill import mlm_head, pretrain
     from dsdistill.config.recipe import read_recipe
-    from dsdistill.pretrain import run
 
-    return execute(arguments, read_recipe, run)
+    return execute(arguments, read_recipe, mlm_head.run if arguments.fit_mlm_head else pretrain.run)
 
 
 if __name__ == "__main__":

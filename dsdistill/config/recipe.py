@@ -24,11 +24,11 @@ from dsdistill.config.sections import (
     OptimizationSettings,
     Ramp,
     StageSettings,
-    StudentSettings,
     TaskStudentSettings,
     TaskTeacherSettings,
-    TeacherSettings,
     Term,
+    TextStudentSettings,
+    TextTeacherSettings,
 )
 from dsdistill.config.strict import Strict
 from dsdistill.objectives.registry import Objective, find_objective
@@ -78,8 +78,8 @@ class RunSettings(Strict):
 class Recipe(RunSettings):
     """Task-agnostic distillation on a corpus."""
 
-    teacher: TeacherSettings
-    student: StudentSettings
+    teacher: TextTeacherSettings
+    student: TextStudentSettings
     corpus: CorpusSection
     masking: MaskingSettings = MaskingSettings()
     objectives: list[Term] = Field(min_length=1, description="summands of the loss")

@@ -239,6 +239,31 @@ class FaultSettings(Strict):
     )
 
 
+class HeadFitting(OptimizationSettings):
+    """How a masked-LM head is trained on a frozen teacher that has none."""
+
+    steps: int = Field(default=2000, ge=1, description="optimizer steps")
+    warmup_steps: int = Field(default=100, ge=0, description="steps of linear warm-up")
+    global_batch: int = Field(default=64, ge=1, description="rows per optimizer step, over all processes")
+    learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the head, order and masks")
+    directory: Path = Field(default=Path("runs/teachers"), description="fitted heads are kept here for later runs")
+
+
+class TextTeacherSettings(TeacherSettings):
+    """The model to distil from on text."""
+
+    mlm_head: HeadFitting = Field(default=HeadFitting(), description="used by --fit_mlm_head")
+
+
+class TextStudentSettings(StudentSettings):
+    """The model to distil into on text."""
+
+    frozen_encoder: bool = Field(
+        default=False, description="train the masked-LM head only, a new one on an encoder that has none"
+    )
+
+
 class FineTuning(EpochOptimizationSettings):
     """How a teacher without the task's head is trained on the task first; the usual numbers for BERT by default."""
 

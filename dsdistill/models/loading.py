@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 
 from dsdistill.core import Problem
 from dsdistill.locate import Source
-from dsdistill.models.families import FAMILIES, family_of
+from dsdistill.models.families import FAMILIES, encoder_of, family_of
 from dsdistill.models.recorder import ATTENTION
 
 
@@ -119,6 +120,33 @@ def _load_with_head_or_without(source: Source, config: PreTrainedConfig, argumen
     if info["missing_keys"]:
         model.pooler = None
     return model.eval()
+
+
+def load_with_new_head(source: Source, *, seed: int) -> PreTrainedModel:
+    """An encoder with a masked-LM head that starts random unless the weights have one, in float32 and eval mode.
+
+    Raises:
+        ValueError: If the family has no such head, weights of the encoder are missing, or their file is damaged.
+    """
+    config = load_config(source)
+    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ValueError(f"{config.model_type} has no masked-LM head in transformers; use another teacher")
+    arguments = {**source.arguments(), "attn_implementation": ATTENTION, "dtype": torch.float32}
+    with _weights_of(source), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = AutoModelForMaskedLM.from_pretrained(**arguments, output_loading_info=True)
+    _check_complete(source, info, within=f"{model.base_model_prefix}.")
+    return model.eval()
+
+
+def encoder_checksum(model: PreTrainedModel) -> str:
+    """SHA-256 of the encoder's weights with their names; the pooler, which a masked-LM head does without, left out."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder_of(model).state_dict().items()):
+        if "pooler" not in name:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def word_embeddings(model: PreTrainedModel) -> torch.Tensor:

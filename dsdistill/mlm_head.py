@@ -1,0 +1,99 @@
+"""A masked-LM head for a teacher that has none: trained on the frozen encoder first, kept for later runs, bound to it.
+
+The fit is an ordinary run (engine, loop, checkpoints) whose student is the whole teacher with `frozen_encoder`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from dsdistill.config.recipe import Recipe, check_recipe
+from dsdistill.config.sections import OptimizationSettings
+from dsdistill.corpus.files import read_json, write_text
+from dsdistill.locate import Source
+from dsdistill.models.loading import encoder_checksum, load_config, load_encoder
+from dsdistill.plan import describe_plan, make_plan
+from dsdistill.pretrain import run as distil
+from dsdistill.training.dist import Place, find_place, wait_for_all
+from dsdistill.training.engine import processes
+from dsdistill.training.run_directory import EXPORT
+
+BINDING = "mlm_head.json"
+"""Beside the fitted model: the checksum of the encoder that the head was trained on."""
+
+
+def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "never"] | Path, dry_run: bool) -> None:
+    """Fit the head unless that is done, then the run itself with that teacher; every process calls this.
+
+    Args:
+        recipe: What to learn; `teacher.mlm_head` says how the head is trained.
+        ds_json: As for `dsdistill.pretrain.run`.
+        resume: The same, for the run itself; the fit goes on from where it stopped in any case.
+        dry_run: The same; the run itself can only be planned once the head is there.
+
+    Raises:
+        ValueError: As `dsdistill.pretrain.run`, and if the fitted head belongs to another encoder.
+    """
+    place, fit = find_place(), head_recipe(recipe)
+    if dry_run and not (fit.output / EXPORT / BINDING).is_file():
+        print(describe_plan(make_plan(fit, ds_json, place), place), flush=True)
+        return
+    with processes(place, recipe.faults.hang_timeout_s):
+        fitted = fitted_model(recipe, fit, ds_json, place)
+        teacher = recipe.teacher.model_copy(update={"model": str(fitted), "revision": None})
+        distil(recipe.model_copy(update={"teacher": teacher}), ds_json, resume=resume, dry_run=dry_run)
+
+
+def head_recipe(recipe: Recipe) -> Recipe:
+    """The recipe of the fit; recipes that agree on teacher, text and `teacher.mlm_head` share it.
+
+    Raises:
+        ValueError: If the teacher cannot be read.
+    """
+    settings = recipe.teacher.mlm_head
+    depth = load_config(recipe.teacher.source).num_hidden_layers
+    content: dict[str, Any] = {
+        "name": "mlm-head",
+        "seed": settings.seed,
+        "teacher": recipe.teacher.model_dump(mode="json", include={"model", "revision", "trust_remote_code"}),
+        "student": {"num_layers": depth, "init": list(range(1, depth + 1)), "dropout": 0.0, "frozen_encoder": True},
+        "corpus": recipe.corpus.model_dump(mode="json"),
+        "masking": {"probability": recipe.masking.probability or 0.15, "whole_word": recipe.masking.whole_word},
+        "objectives": [{"objective": "mlm"}],
+        "optimization": settings.model_dump(mode="json", include=set(OptimizationSettings.model_fields)),
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    name = recipe.teacher.model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    content["output"] = str(settings.directory / f"mlm-head-{name}-{digest}")
+    every = max(1, settings.steps // 4)
+    content |= {"evaluation": {"every_steps": every, "rows": recipe.evaluation.rows}}
+    content |= {"checkpoint": {"every_steps": every, "keep": 1}}
+    content |= {name: getattr(recipe, name).model_dump() for name in ("logging", "faults")}
+    return check_recipe(content, "the recipe of the masked-LM head")
+
+
+def fitted_model(recipe: Recipe, fit: Recipe, ds_json: dict[str, Any], place: Place) -> Path:
+    """The directory of the teacher with its fitted head; every process calls this.
+
+    Raises:
+        ValueError: If what lies there has another encoder than the teacher.
+    """
+    directory = fit.output / EXPORT
+    ours = encoder_checksum(load_encoder(recipe.teacher.source))
+    if not (directory / BINDING).is_file():
+        distil(fit, ds_json, resume="auto", dry_run=False)
+        if place.is_first:
+            write_text(
+                directory / BINDING, json.dumps({"encoder_sha256": ours, "teacher": recipe.teacher.model}) + "\n"
+            )
+        wait_for_all(place)
+    found = encoder_checksum(load_encoder(Source(model=str(directory))))
+    if not ours == found == read_json(directory / BINDING).get("encoder_sha256"):
+        raise ValueError(
+            f"the masked-LM head in {directory} was fitted to another encoder than {recipe.teacher.model}: delete "
+            f"{fit.output}, or set teacher.mlm_head.directory to another place"
+        )
+    return directory

@@ -1,0 +1,71 @@
+"""A teacher without a masked-LM head gets one, and only then its logits can be learned."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+from dsdistill.training.telemetry import read_metrics
+from tests.workers import ROOT
+
+
+@pytest.fixture
+def job(monkeypatch, tmp_path, recipe_content, teacher_directory):
+    """The command on a headless teacher whose logits are wanted: its exit code."""
+    headless = tmp_path / "headless"
+    AutoModel.from_pretrained(teacher_directory).save_pretrained(headless)
+    AutoTokenizer.from_pretrained(teacher_directory).save_pretrained(headless)
+    fit = {
+        "steps": 30,
+        "warmup_steps": 2,
+        "global_batch": 8,
+        "learning_rate": 0.01,
+        "directory": str(tmp_path / "heads"),
+    }
+    recipe_content["teacher"] = {"model": str(headless), "mlm_head": fit}
+    recipe_content["objectives"] = [{"objective": "kd"}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_content))
+    (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 8}))
+    spec = importlib.util.spec_from_file_location("pretrain_distill", ROOT / "launch" / "pretrain_distill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*more: str) -> int:
+        given = ["--ds_config", str(tmp_path / "ds.json"), "--recipe", str(tmp_path / "recipe.yaml")]
+        monkeypatch.setattr(sys, "argv", ["pretrain_distill", *given, *more])
+        return module.main()
+
+    return call
+
+
+def test_a_head_is_fitted_on_the_frozen_encoder_kept_and_bound_to_it(job, tmp_path, capsys):
+    assert job() == 2
+    assert (
+        "has no masked-LM head, but an objective reads logits (kd, mlm): add --fit_mlm_head" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
+    assert job("--fit_mlm_head") == 0
+    (fit,) = (tmp_path / "heads").glob("mlm-head-headless-*/")
+    told = [e["held_out/mlm"] for e in read_metrics(fit / "metrics.jsonl") if e["kind"] == "held_out"]
+    assert told[-1] < told[0] - 0.2
+    encoder, fitted = (
+        AutoModel.from_pretrained(tmp_path / "headless"),
+        AutoModelForMaskedLM.from_pretrained(fit / "model"),
+    )
+    weights = fitted.bert.state_dict()
+    assert all(torch.equal(tensor, weights[n]) for n, tensor in encoder.state_dict().items() if "pooler" not in n)
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    done = (fit / "metrics.jsonl").stat().st_mtime_ns
+    assert job("--fit_mlm_head", "--set", f"output={tmp_path / 'second'}") == 0
+    assert (fit / "metrics.jsonl").stat().st_mtime_ns == done
+    changed = load_file(tmp_path / "headless" / "model.safetensors")
+    changed["embeddings.word_embeddings.weight"][7] += 1.0
+    save_file(changed, tmp_path / "headless" / "model.safetensors", metadata={"format": "pt"})
+    assert job("--fit_mlm_head", "--set", f"output={tmp_path / 'third'}") == 2
+    assert "was fitted to another encoder" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
