@@ -26,6 +26,7 @@ from dsdistill.models.loading import (
 from dsdistill.models.student import check_recomputes, check_start, student_config
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.objectives.registry import find_objective
+from dsdistill.placing import choose_placement, placement_problems
 from dsdistill.plan_rows import row_problems, rows_of
 from dsdistill.plan_sentences import follow_pooling, packing_problem, scoring_problem
 from dsdistill.sentence_scores import pairs_file
@@ -33,6 +34,7 @@ from dsdistill.tasks.spec import TaskSpec, output_columns
 from dsdistill.training.dist import Place
 from dsdistill.training.distiller import BoundTerm, bind_terms, wanted_signals
 from dsdistill.training.engine import half_precision, zero_stage
+from dsdistill.training.placement import Placement
 
 Found = TypeVar("Found")
 
@@ -71,6 +73,7 @@ class Plan(Generic[AnyRecipe]):
         student_config: Config of the student.
         layers: Teacher layers the student starts from, or None for random weights.
         stages: What is trained, one after the other.
+        placement: Where the teacher lives.
     """
 
     recipe: AnyRecipe
@@ -79,6 +82,7 @@ class Plan(Generic[AnyRecipe]):
     student_config: PreTrainedConfig
     layers: tuple[int, ...] | None
     stages: tuple[StagePlan, ...]
+    placement: Placement
 
     @property
     def needs_teacher(self) -> bool:
@@ -114,7 +118,7 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
         last = shape_of(models.teacher).num_layers
         wanted = {*stage.teacher_wants.get("hidden", ()), last}
         stage = replace(stage, teacher_wants={**stage.teacher_wants, "hidden": wanted})
-    return finish_plan(recipe, models, [stage], problems)
+    return finish_plan(recipe, models, [stage], problems, ds_json, place)
 
 
 def make_task_plan(
@@ -163,7 +167,7 @@ def make_task_plan(
                 "its attention scores; use teacher.cache: logits"
             )
         stages.append(stage)
-    return finish_plan(recipe, models, stages, problems)
+    return finish_plan(recipe, models, stages, problems, ds_json, place)
 
 
 def asks_teacher(recipe: TaskRecipe) -> bool:
@@ -328,13 +332,20 @@ def said_of_scores(config: PreTrainedConfig) -> str:
 
 
 def finish_plan(
-    recipe: AnyRecipe, models: Models, stages: Sequence[StagePlan | None], problems: Problems
+    recipe: AnyRecipe,
+    models: Models,
+    stages: Sequence[StagePlan | None],
+    problems: Problems,
+    ds_json: dict[str, Any],
+    place: Place,
 ) -> Plan[AnyRecipe]:
     """The plan, if nothing is wrong.
 
     Raises:
         ValueError: With every problem found.
     """
+    asked = any(stage is None or stage.teacher_wants for stage in stages)
+    problems.found += placement_problems(recipe.teacher, ds_json, place, needs_teacher=asked)
     graphs = any(stage is not None and stage.engine_config.get("cuda_graphs") for stage in stages)
     if graphs and recipe.student.activation_checkpointing:
         problems.found.append(
@@ -349,6 +360,7 @@ def finish_plan(
         student_config=models.student,
         layers=models.layers,
         stages=tuple(stage for stage in stages if stage is not None),
+        placement=choose_placement(recipe.teacher),
     )
 
 

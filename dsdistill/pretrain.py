@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,6 @@ from dsdistill.models.families import encoder_of, shape_of
 from dsdistill.models.loading import head_of, load_encoder, load_tokenizer, load_with_new_head
 from dsdistill.models.sentences import SentenceModules, read_sentence_modules, text_length
 from dsdistill.models.student import build_student
-from dsdistill.models.teacher import ResidentTeacher
 from dsdistill.plan import Plan, describe_plan, make_plan, missing_head
 from dsdistill.sentence_scores import EncoderSizes, in_training
 from dsdistill.summary import summarize
@@ -30,7 +30,9 @@ from dsdistill.training import run_directory, signals
 from dsdistill.training.dist import Place, find_place
 from dsdistill.training.engine import half_precision, processes
 from dsdistill.training.loop import Stage, Teacher
+from dsdistill.training.placement import Placed, ahead, at_once, lines
 from dsdistill.training.stage import capture_student, run_stage
+from dsdistill.training.teacher_ranks import TeacherLine, serve
 from dsdistill.training.watchdog import Watchdog
 
 
@@ -50,16 +52,21 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
         StoppedError: If a signal asked the run to stop.
         LostRankError: If another process hangs or is gone.
     """
-    place = find_place()
+    place = find_place().with_teachers(recipe.teacher.ranks or 0)
     plan = make_plan(recipe, ds_json, place)
     if place.is_first:
         print(describe_plan(plan, place), flush=True)
     if dry_run:
         return
+    timeout_s = recipe.faults.hang_timeout_s
+    if place.is_teacher:
+        with processes(place, timeout_s), signals.deferred():
+            serve(load_encoder, place, timeout_s)
+        return
     corpus, held_out, tokenizer = open_corpus(recipe, plan, place)
-    with processes(place, recipe.faults.hang_timeout_s):
-        with signals.deferred():
-            distil(plan, corpus, held_out, tokenizer, place, resume)
+    with processes(place, timeout_s):
+        with signals.deferred(), lines(place, 2 * timeout_s) as line:
+            distil(plan, corpus, held_out, tokenizer, place, resume, line)
         if place.is_first:
             print(summarize(recipe.output), flush=True)
 
@@ -86,10 +93,11 @@ def distil(
     tokenizer: PreTrainedTokenizerFast,
     place: Place,
     resume: Literal["auto", "never"] | Path,
+    line: TeacherLine | None = None,
 ) -> None:
     """Build both models, train from the start or from where `resume` says, and save; nothing if that is done."""
     with Watchdog(place, plan.recipe.faults.hang_timeout_s) as watchdog:
-        distil_watched(plan, corpus, held_out, tokenizer, place, resume, watchdog)
+        distil_watched(plan, corpus, held_out, tokenizer, place, resume, line, watchdog)
 
 
 def distil_watched(
@@ -99,6 +107,7 @@ def distil_watched(
     tokenizer: PreTrainedTokenizerFast,
     place: Place,
     resume: Literal["auto", "never"] | Path,
+    line: TeacherLine | None,
     watchdog: Watchdog,
 ) -> None:
     """`distil`, telling the watchdog what is being done."""
@@ -119,7 +128,7 @@ def distil_watched(
     batching["world_size"] = place.world_size
 
     def batches(first_step: int) -> Iterable[Batch]:
-        return train_batches(
+        rows = train_batches(
             corpus,
             **data,
             **batching,
@@ -129,9 +138,10 @@ def distil_watched(
             last_step=pace.optimization.steps,
             pin_memory=place.device.type == "cuda",
         )
+        return ahead(teacher, rows)
 
     watchdog.at("models")
-    student, teacher = build_models(plan, place)
+    student, teacher = build_models(plan, place, line)
     if place.is_first:
         save_skeleton(student, tokenizer, recipe.output / run_directory.SKELETON)
     run_stage(
@@ -150,12 +160,12 @@ def distil_watched(
             teacher_shape=shape_of(plan.teacher_config),
             terms=stage.terms,
             teacher=teacher,
-            held_out_teacher=teacher,
+            held_out_teacher=at_once(teacher),
             batches=batches,
             held_out=lambda: held_out_batches(held_out, **data, **batching, rows=recipe.evaluation.rows),
             probe=next(iter(held_out_batches(held_out, **data, rows=2, micro_batch=2, rank=0, world_size=1))),
             num_examples=corpus.num_rows,
-            score=sentence_score(plan, held_out, tokenizer, teacher, place),
+            score=sentence_score(plan, held_out, tokenizer, at_once(teacher), place),
         ),
         place,
         watchdog,
@@ -180,7 +190,9 @@ def sentence_score(
     return in_training(settings, held_out, tokenizer, teacher, sizes, place, micro_batch=micro_batch)
 
 
-def build_models(plan: Plan[Recipe], place: Place) -> tuple[PreTrainedModel, ResidentTeacher | None]:
+def build_models(
+    plan: Plan[Recipe], place: Place, line: TeacherLine | None = None
+) -> tuple[PreTrainedModel, Placed | None]:
     """The student in float32 with its first weights, and the frozen teacher, or None if nothing asks for one.
 
     Raises:
@@ -205,4 +217,6 @@ def build_models(plan: Plan[Recipe], place: Place) -> tuple[PreTrainedModel, Res
     if not stage.teacher_wants:
         return student, None
     dtype = half_precision(stage.engine_config)
-    return student, ResidentTeacher(complete, stage.teacher_wants, device=place.device, dtype=dtype)
+    return student, replace(plan.placement, line=line).place(
+        plan.source, lambda: complete, stage.teacher_wants, place=place, dtype=dtype
+    )

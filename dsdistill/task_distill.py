@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from dsdistill.task_teacher import (
     augment,
     label_by_teacher,
     labels_of,
+    load_task_teacher,
     one_job,
     prepare_signals,
     teacher_recipe,
@@ -41,8 +43,10 @@ from dsdistill.training.checkpoint import STUDENT, checkpoint_name
 from dsdistill.training.dist import Place, find_place
 from dsdistill.training.engine import processes
 from dsdistill.training.loop import Stage, answers
+from dsdistill.training.placement import ahead, lines
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
 from dsdistill.training.stage import capture_student, run_stage
+from dsdistill.training.teacher_ranks import serve
 from dsdistill.training.watchdog import Watchdog
 
 
@@ -70,7 +74,7 @@ def run(
     """
     if isinstance(resume, Path):
         raise ValueError(f"--resume {resume}: a task goes on from its own newest checkpoints; use auto or never")
-    place = find_place()
+    place = find_place().with_teachers(recipe.teacher.ranks or 0)
     task, tokenizer, plan = prepare(recipe, ds_json, place)
     tuning = teacher_recipe(recipe)
     tuning_plan = make_task_plan(tuning, task.spec, task.train.num_rows, ds_json, place) if tuning else None
@@ -81,9 +85,14 @@ def run(
             print(f"note       {note}", flush=True)
     if dry_run:
         return
-    with processes(place, recipe.faults.hang_timeout_s):
-        with signals.deferred(), Watchdog(place, recipe.faults.hang_timeout_s) as watchdog:
-            shared = {"task": task, "tokenizer": tokenizer, "place": place, "watchdog": watchdog}
+    timeout_s = recipe.faults.hang_timeout_s
+    if place.is_teacher:
+        with processes(place, timeout_s), signals.deferred():
+            serve(partial(load_task_teacher, spec=task.spec, seed=recipe.seed), place, timeout_s)
+        return
+    with processes(place, timeout_s):
+        with signals.deferred(), lines(place, 2 * timeout_s) as line, Watchdog(place, timeout_s) as watchdog:
+            shared = {"task": task, "tokenizer": tokenizer, "place": place, "watchdog": watchdog, "line": line}
             source = recipe.teacher.source
             if tuning_plan is not None:
                 directory = tuning_plan.recipe.output
@@ -208,13 +217,16 @@ def train_stage(
             problem=task.spec.problem,
             teacher=teacher,
             held_out_teacher=held_out_teacher,
-            batches=lambda first_step: train_batches(
-                task.train,
-                **run.batching(stage),
-                seed=stage.pace.seed,
-                global_batch=optimization.global_batch,
-                first_step=first_step,
-                last_step=optimization.steps,
+            batches=lambda first_step: ahead(
+                teacher,
+                train_batches(
+                    task.train,
+                    **run.batching(stage),
+                    seed=stage.pace.seed,
+                    global_batch=optimization.global_batch,
+                    first_step=first_step,
+                    last_step=optimization.steps,
+                ),
             ),
             held_out=lambda: evaluation_batches(held_out, **looking),
             probe=probe_of(run),

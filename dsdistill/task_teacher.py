@@ -32,18 +32,21 @@ from dsdistill.models.loading import (
     task_config,
     word_embeddings,
 )
-from dsdistill.models.teacher import ResidentTeacher, weights_checksum
+from dsdistill.models.teacher import weights_checksum
 from dsdistill.plan import Plan, StagePlan, asks_teacher, teacher_outputs
 from dsdistill.tasks.augment import MaskedLM, augment_rows
 from dsdistill.tasks.metrics import predict
 from dsdistill.tasks.rows import Rows, evaluation_batches
+from dsdistill.tasks.spec import TaskSpec
 from dsdistill.tasks.task import Task
 from dsdistill.tasks.vectors import model_vectors, read_vectors
 from dsdistill.training.dist import Place, Vote, wait_for_all
 from dsdistill.training.engine import half_precision
 from dsdistill.training.loop import Teacher
+from dsdistill.training.placement import Placed, at_once
 from dsdistill.training.signal_cache import SignalCache
 from dsdistill.training.signals import StoppedError, received
+from dsdistill.training.teacher_ranks import TeacherLine
 from dsdistill.training.watchdog import Watchdog
 
 EVALUATION_ROWS = 64
@@ -61,6 +64,7 @@ class TaskRun:
         source: The model that gives signals and first weights: fine-tuned, where the recipe's teacher had no head.
         place: This process.
         watchdog: Is told what this rank is doing.
+        line: To the teacher's process, if it has its own.
     """
 
     plan: Plan[TaskRecipe]
@@ -69,6 +73,7 @@ class TaskRun:
     source: Source
     place: Place
     watchdog: Watchdog
+    line: TeacherLine | None = None
 
     @property
     def recipe(self) -> TaskRecipe:
@@ -82,14 +87,23 @@ class TaskRun:
 
     def load_teacher(self) -> PreTrainedModel:
         """The complete teacher in float32, outputs in the task's order; without a head of its own, a random one."""
-        config = task_config(load_config(self.source), self.task.spec.labels, self.task.spec.problem)
-        columns = teacher_outputs(self.source, self.task.spec)
-        return load_classifier(self.source, config, seed=self.recipe.seed, columns=columns)
+        return load_task_teacher(self.source, self.task.spec, seed=self.recipe.seed)
+
+    def placed(self, wanted: Wanted, dtype: torch.dtype) -> Placed:
+        """The teacher where the plan wants it; every process must call this."""
+        placement = replace(self.plan.placement, line=self.line)
+        return placement.place(self.source, self.load_teacher, wanted, place=self.place, dtype=dtype)
 
     def batching(self, stage: StagePlan, *, at_least: int = 1) -> dict[str, int]:
         """How rows are spread over the ranks in a stage."""
         micro_batch = max(stage.engine_config["train_micro_batch_size_per_gpu"], at_least)
         return {"micro_batch": micro_batch, "rank": self.place.rank, "world_size": self.place.world_size}
+
+
+def load_task_teacher(source: Source, spec: TaskSpec, *, seed: int) -> PreTrainedModel:
+    """A complete teacher in float32, outputs in the task's order; without a head of its own, a random one."""
+    config = task_config(load_config(source), spec.labels, spec.problem)
+    return load_classifier(source, config, seed=seed, columns=teacher_outputs(source, spec))
 
 
 def labels_of(rows: Rows) -> np.ndarray:
@@ -300,7 +314,8 @@ def fill(
     run: TaskRun, cache: SignalCache, missing: Mapping[Signal, set[int]], split: str, rows: Rows, dtype: torch.dtype
 ) -> None:
     """Run the teacher over the rows of a split and write what it says."""
-    teacher = ResidentTeacher(run.load_teacher(), missing, device=run.place.device, dtype=dtype)
+    teacher = at_once(run.placed(missing, dtype))
+    assert teacher is not None
     spread = run.batching(run.plan.stages[0], at_least=EVALUATION_ROWS)
     total = -(-rows.num_rows // (spread["micro_batch"] * run.place.world_size))
     batches = tqdm(
@@ -337,5 +352,5 @@ def teachers_of(run: TaskRun, stage: StagePlan, signals: Signals | None) -> tupl
     if signals is not None and signals.cover(wants):
         return signals.train.teacher(wants, run.place), signals.held_out.teacher(wants, run.place)
     dtype = half_precision(stage.engine_config)
-    teacher = ResidentTeacher(run.load_teacher(), wants, device=run.place.device, dtype=dtype)
-    return teacher, teacher
+    teacher = run.placed(wants, dtype)
+    return teacher, at_once(teacher)

@@ -51,6 +51,19 @@ def train_wordpiece(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """Starts jobs without their imports; None on a GPU, whose driver does not survive a fork."""
+    if torch.cuda.is_available():
+        yield None
+        return
+    from tests.faults.warm import Warm
+
+    process = Warm(tmp_path_factory.mktemp("warm"))
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 

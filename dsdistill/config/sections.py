@@ -19,7 +19,23 @@ class TeacherSettings(Strict):
     model: str = Field(description="local directory, hub name, or package:<import name> of a package with weights")
     revision: str | None = Field(default=None, description="hub revision")
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
-    placement: Literal["resident"] = Field(default="resident", description="where the teacher lives: a copy per device")
+    placement: Literal["auto", "resident", "zero3", "cpu", "nvme", "ranks"] = Field(
+        default="auto",
+        description="where it lives: a copy per device; spread over the processes; in host memory or on NVMe, layers "
+        "brought when they run; on processes of its own. auto: a copy where the predicted memory has room for it",
+    )
+    ranks: int | None = Field(default=None, ge=1, description="with `ranks`: the last so many processes run it alone")
+    nvme_path: Path | None = Field(default=None, description="with `nvme`: a directory on a local disk of each host")
+
+    @model_validator(mode="after")
+    def _has_what_its_placement_needs(self) -> TeacherSettings:
+        for key, value, placement in (("ranks", self.ranks, "ranks"), ("nvme_path", self.nvme_path, "nvme")):
+            if (self.placement == placement) != (value is not None):
+                raise ValueError(
+                    f"placement {placement!r} and `{key}` go together, got placement={self.placement!r} and "
+                    f"{key}={value if value is None else str(value)!r}"
+                )
+        return self
 
     @property
     def source(self) -> Source:

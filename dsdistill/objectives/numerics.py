@@ -23,7 +23,8 @@ def promote(tensor: Tensor) -> Tensor:
 
 def inner_products(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
     """Scaled inner products, (..., I, D) x (..., J, D) -> (..., I, J), in float32 or better, also under autocast."""
-    with torch.autocast(left.device.type, enabled=False):
+    device = "cpu" if left.is_meta else left.device.type  # autocast knows no meta tensors
+    with torch.autocast(device, enabled=False):
         return (promote(left) * scaling) @ promote(right).transpose(-1, -2)
 
 

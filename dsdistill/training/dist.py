@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -15,17 +15,42 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """One process of the job."""
+    """One process of the job.
+
+    Attributes:
+        rank: Its number; those from `world_size` on run only the teacher.
+        local_rank: Its number on this host.
+        world_size: Processes that train the student.
+        device: Where it computes.
+        teachers: Processes that run only the teacher, beside those that train.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    teachers: int = 0
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether this process runs only the teacher."""
+        return self.rank >= self.world_size
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the job, teachers included."""
+        return self.world_size + self.teachers
+
+    def with_teachers(self, number: int) -> Place:
+        """The same process in a job whose last processes run only the teacher; as it is if there are too few."""
+        if self.teachers or not number or number >= self.world_size:
+            return self
+        return replace(self, world_size=self.world_size - number, teachers=number)
 
 
 def task_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
@@ -65,7 +90,7 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
 
 def rendezvous(place: Place, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The five variables that every backend reads; without all of them DeepSpeed looks for MPI."""
-    found = {**(task_of_slurm(environment) if place.world_size > 1 else {}), **environment}
+    found = {**(task_of_slurm(environment) if place.num_processes > 1 else {}), **environment}
     return {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),

@@ -39,6 +39,8 @@ def start_processes(place: Place, timeout_s: float = 600.0) -> None:
     else:
         # DeepSpeed would compile a shared-memory all-reduce at first use: a minute, a compiler, and gloo does it too
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if place.is_teacher:
+        return  # it has no part in what the others do together
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     try:
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=2 * timeout_s))

@@ -39,9 +39,15 @@ FREE_TO_CHANGE = ("name", "source", "output", "evaluation", "logging", "checkpoi
 """Recipe keys that do not touch what is learned, so a run may be resumed with others."""
 
 
+FREE_OF_THE_TEACHER = ("placement", "ranks", "nvme_path")
+"""The same for keys of the section `teacher`: it says the same wherever it lives."""
+
+
 def fingerprint(recipe: RunSettings) -> str:
     """SHA-256 of all that decides what is learned."""
     content = recipe.model_dump(mode="json", exclude=set(FREE_TO_CHANGE), serialize_as_any=True)
+    for key in FREE_OF_THE_TEACHER:
+        content["teacher"].pop(key, None)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -199,7 +205,10 @@ def difference(directory: Path, recipe: RunSettings) -> str:
         if section in FREE_TO_CHANGE or was == value:
             continue
         if isinstance(value, dict) and isinstance(was, dict):
-            changed = [key for key in value if value[key] != was.get(key)]
+            free = FREE_OF_THE_TEACHER if section == "teacher" else ()
+            changed = [key for key in value if key not in free and value[key] != was.get(key)]
+            if not changed:
+                continue
             return f"{section}.{changed[0]} was {was.get(changed[0])!r}, now {value[changed[0]]!r}"
         return f"{section} has changed"
     return "its fingerprint differs"

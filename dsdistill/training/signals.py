@@ -62,6 +62,12 @@ def received() -> str | None:
     return _received[0].name if _received else None
 
 
+def pass_on(name: str) -> None:
+    """Note a signal that another process of the job received."""
+    if not _received:
+        _received.append(signal.Signals[name])
+
+
 def _note(reader: int) -> None:
     while True:
         for number in os.read(reader, 64):

@@ -16,6 +16,7 @@ from dsdistill.training.distiller import Distiller, freeze_unreached
 from dsdistill.training.engine import start_engine
 from dsdistill.training.graphs import GraphedLosses, GraphedTeacher, reason_against
 from dsdistill.training.loop import Attempt, Stage, train
+from dsdistill.training.teacher_ranks import RemoteTeacher
 from dsdistill.training.telemetry import Telemetry
 from dsdistill.training.watchdog import Watchdog
 
@@ -66,9 +67,9 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
     if stage.checkpoint is not None:
         load_weights(modules, stage.checkpoint)
     if stage.engine_config.get("torch_compile"):
-        for captured in (stage.student, getattr(stage.teacher, "captured", None)):
-            if captured is not None:
-                captured.compile_forward()
+        stage.student.compile_forward()
+        if isinstance(stage.teacher, ResidentTeacher | RemoteTeacher):  # signals from disk need no forward
+            stage.teacher.compile_forward()
     notes = list(stage.notes)
     if stage.engine_config.get("cuda_graphs") and place.device.type == "cuda":
         stage = record_graphs(stage, distiller, notes)

@@ -56,13 +56,15 @@ class Watchdog(contextlib.AbstractContextManager):
         self.times_alone = 0
 
     def __enter__(self) -> Watchdog:
-        if self.place.world_size > 1:
+        if self.place.num_processes > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             patience = timedelta(seconds=10)
             # documented, but not in __all__
             self.store = dist.TCPStore(address, port, is_master=False, timeout=patience)  # pyright: ignore[reportPrivateImportUsage]
             self._tell()
-            dist.barrier()  # from here on every rank has told something
+            # from here on every rank has told something
+            everyone = [f"dsdistill/{rank}" for rank in range(self.place.num_processes)]
+            self.store.wait(everyone, timedelta(seconds=2 * self.timeout_s))
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -152,7 +154,7 @@ class Watchdog(contextlib.AbstractContextManager):
 
         def read_twice() -> None:
             for pause in (max(2 * self.period_s, 1.0), 0):
-                told.append({rank: self._last_word(rank) for rank in range(self.place.world_size)})
+                told.append({rank: self._last_word(rank) for rank in range(self.place.num_processes)})
                 time.sleep(pause)
 
         # a store whose process is stopped answers never: ask in a thread, and do not wait for ever
@@ -166,7 +168,8 @@ class Watchdog(contextlib.AbstractContextManager):
         for rank, word in after.items():
             state = "silent, last heard of at" if before[rank] == word else "at"
             if rank != self.place.rank:
-                lines.append(f"rank {rank} is {state} {word.partition(' ')[2]}")
+                name = f"rank {rank} (teacher)" if rank >= self.place.world_size else f"rank {rank}"
+                lines.append(f"{name} is {state} {word.partition(' ')[2]}")
         return lines
 
     def _last_word(self, rank: int) -> str:

@@ -1,24 +1,10 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from tests.faults.jobs import LONG, Job
-from tests.faults.warm import Warm
 from tests.task.conftest import glue_directory, task_content  # noqa: F401 (fixtures)
-
-
-@pytest.fixture(scope="session")
-def warm(tmp_path_factory) -> Iterator[Warm | None]:
-    """Starts jobs without their imports; None on a GPU, whose driver does not survive a fork."""
-    if torch.cuda.is_available():
-        yield None
-        return
-    process = Warm(tmp_path_factory.mktemp("warm"))
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The main job as real processes whose output is read while they run."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,13 +9,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from dsdistill.training.dist import free_port
 from tests.faults.warm import Warm
-from tests.workers import ROOT, environment
+from tests.workers import ROOT, environment, run_workers
 
 STEPS = 100
 LONG = (f"optimization.steps={STEPS}", "evaluation.every_steps=1000")
@@ -26,6 +28,23 @@ PRETRAIN, TASK = (ROOT / "launch" / name for name in ("pretrain_distill.py", "ta
 def patience(seconds: float) -> float:
     """How long to wait for what takes so long on free cores, while others use them too."""
     return seconds * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
+def run_warm(warm: Warm | None, function: str, world_size: int, **arguments: Any) -> str:
+    """`tests.workers.run_workers` without the imports, if there is a warm process; all output."""
+    if warm is None:
+        return run_workers(function, world_size, **arguments)
+    port = free_port()
+    logs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (read at the end)
+    order = [function, json.dumps(arguments)]
+    started = [warm.start(order, environment(rank, world_size, port), logs[rank]) for rank in range(world_size)]
+    deadline = time.monotonic() + patience(100)
+    codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in started]
+    for log in logs:
+        log.seek(0)
+    outputs = [log.read() for log in logs]
+    assert not any(codes), f"exit codes {codes}\n" + "\n".join(output[-4000:] for output in outputs)
+    return "\n".join(outputs)
 
 
 class Job:

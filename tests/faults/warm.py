@@ -1,10 +1,13 @@
 """A process that has imported everything and forks jobs from itself, so that a job starts in no time.
 
+A job is a script with its arguments, or a function of a test's workers with its arguments in JSON.
+
 What it forks are processes of their own: with a session, an output file and an exit code, killed like any others.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -65,7 +68,7 @@ class Warm:
         )
 
     def start(self, arguments: list[str], variables: dict[str, str], log: TextIO) -> Forked:
-        """Fork a process; `arguments` begin with the path of a script."""
+        """Fork a process; `arguments` begin with the path of a script, or with `module:function`."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         order = {"arguments": arguments, "environment": variables, "log": f"/proc/{os.getpid()}/fd/{log.fileno()}"}
@@ -140,7 +143,12 @@ def fork(order: dict[str, Any], scripts: dict[str, Any]) -> int:
     code = 1
     try:
         signals.install()
-        code = scripts[Path(sys.argv[0]).stem].main()
+        module, _, function = sys.argv[0].partition(":")
+        if function:
+            getattr(importlib.import_module(module), function)(**json.loads(sys.argv[1]))
+            code = 0
+        else:
+            code = scripts[Path(sys.argv[0]).stem].main()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:

@@ -1,0 +1,44 @@
+import pytest
+
+from tests.faults.jobs import run_warm
+from tests.workers import run_workers
+
+STAGES = [0, 1, 2, 3]
+MATRIX = "tests.placement.workers:check_matrix"
+
+
+def settings(names: str, nvme) -> dict[str, dict]:
+    every = {
+        "zero3": {"placement": "zero3"},
+        "cpu": {"placement": "cpu"},
+        "nvme": {"placement": "nvme", "nvme_path": str(nvme)},
+        "ranks": {"placement": "ranks", "ranks": 1},
+    }
+    return {name: every[name] for name in names.split()}
+
+
+@pytest.fixture
+def short(recipe_content) -> dict:
+    recipe_content["optimization"]["steps"] = 3
+    return recipe_content
+
+
+@pytest.mark.multiprocess
+def test_a_teacher_says_the_same_to_the_last_bit_wherever_it_lives(short, tmp_path, warm):
+    cases = [[0, settings("cpu", tmp_path)], [1, settings("nvme", tmp_path)], [3, settings("zero3", tmp_path)]]
+    run_warm(warm, MATRIX, 2, content=short, cases=cases)
+
+
+@pytest.mark.multiprocess
+def test_so_does_one_on_ranks_of_its_own(short, tmp_path, warm):
+    run_warm(warm, MATRIX, 3, content=short, cases=[[2, settings("ranks", tmp_path)]], teachers=1)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.parametrize("teachers", [0, 1])
+@pytest.mark.parametrize("students", [1, 2])
+def test_every_placement_at_every_stage(recipe_content, tmp_path, students, teachers):
+    chosen = settings("ranks" if teachers else "zero3 cpu nvme", tmp_path)
+    cases = [[stage, chosen] for stage in STAGES]
+    run_workers(MATRIX, students + teachers, content=recipe_content, cases=cases, teachers=teachers)

@@ -1,0 +1,77 @@
+"""What the worker processes of `test_matrix.py` do: whole runs, every placement beside a resident teacher."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dsdistill.command import quiet_libraries
+from dsdistill.config.recipe import Recipe, check_recipe
+from dsdistill.models.loading import load_encoder
+from dsdistill.plan import make_plan
+from dsdistill.pretrain import distil, open_corpus
+from dsdistill.training import placement
+from dsdistill.training.dist import Place, find_place
+from dsdistill.training.engine import start_processes
+from dsdistill.training.placement import lines
+from dsdistill.training.teacher_ranks import TeacherLine, serve
+from dsdistill.training.telemetry import read_metrics
+
+ZERO = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10000}
+
+
+def ds_json(stage: int) -> dict[str, Any]:
+    return {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage, **ZERO}}
+
+
+def numbers_of(run: Path) -> list[dict[str, Any]]:
+    """Everything in a run's metrics that does not depend on clocks and memory."""
+    drop = ("time", "throughput", "memory")
+    return [{k: v for k, v in entry.items() if not k.startswith(drop)} for entry in read_metrics(run / "metrics.jsonl")]
+
+
+def one_run(
+    content: dict, name: str, stage: int, place: Place, line: TeacherLine | None = None
+) -> tuple[Recipe, list[tuple[str, str]]]:
+    """Train; the recipe, and the checksums before and after of every teacher that was placed."""
+    recipe = check_recipe({**content, "output": f"{content['output']}-{name}-{stage}"}, name)
+    plan = make_plan(recipe, ds_json(stage), place)
+    placed = []
+    plain = placement.Placement.place
+
+    def noted(*args: Any, **kwargs: Any) -> placement.Placed:
+        placed.append((teacher := plain(*args, **kwargs), teacher.checksum()))
+        return teacher
+
+    placement.Placement.place = noted
+    try:
+        distil(plan, *open_corpus(recipe, plan, place), place, "auto", line)
+    finally:
+        placement.Placement.place = plain
+    return recipe, [(before, teacher.checksum()) for teacher, before in placed]
+
+
+def check_matrix(content: dict, cases: list[tuple[int, dict[str, dict]]], teachers: int = 0) -> None:
+    """Losses, gradient norms and held-out objectives of every placement are those of `resident`, to the last bit."""
+    quiet_libraries()
+    place = find_place().with_teachers(teachers)
+    start_processes(place)
+    if place.is_teacher:
+        serve(load_encoder, place, 60)
+        return
+    with lines(place, 60) as line:
+        for stage, settings in cases:
+            check_stage(content, settings, stage, place, line)
+
+
+def check_stage(content: dict, settings: dict[str, dict], stage: int, place: Place, line: TeacherLine | None) -> None:
+    told = []
+    for name, keys in {"resident": {"placement": "resident"}, **settings}.items():
+        changed = {**content, "teacher": {**content["teacher"], **keys}}
+        recipe, checksums = one_run(changed, name, stage, place, line)
+        told.append((name, numbers_of(recipe.output), checksums))
+    (_, reference, [(original, _)]), *others = told
+    if place.is_first:
+        assert sum(entry["kind"] == "train" for entry in reference) > 1
+    for name, numbers, [(before, after)] in others:
+        assert numbers == reference, f"{name} at stage {stage}: {json.dumps([numbers, reference], indent=1)}"
+        assert before == after == original, f"{name} at stage {stage} changed the teacher"
