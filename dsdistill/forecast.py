@@ -59,7 +59,7 @@ def trace_stage(
     """
     student, teacher = (_maker(config, head) for config in configs)
     rows = engine_config["train_micro_batch_size_per_gpu"]
-    classes = 1 if problem == "regression" else configs[0].num_labels
+    classes = 1 if problem == "regression" else configs[0].num_labels or 1
     return trace_step(
         student,
         teacher,

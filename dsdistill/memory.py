@@ -36,6 +36,7 @@ class Engine:
         optimizer_offloaded: Whether the optimizer and the float32 weights are on a CPU or on NVMe.
         weights_offloaded: The same for a sharded student's weights.
         live: Weights that ZeRO 3 keeps gathered, at most.
+        graphs: Whether steps are recorded: teacher and student then have memory that the other cannot use.
     """
 
     stage: int
@@ -47,6 +48,7 @@ class Engine:
     optimizer_offloaded: bool = False
     weights_offloaded: bool = False
     live: int = 0
+    graphs: bool = False
 
     @staticmethod
     def of(config: Mapping[str, Any], *, processes: int, weight_bytes: int) -> Engine:
@@ -69,6 +71,7 @@ class Engine:
             optimizer_offloaded=offloaded("offload_optimizer"),
             weights_offloaded=offloaded("offload_param"),
             live=int(zero.get("stage3_max_live_parameters", zero.get("max_live_parameters", 1e9))),
+            graphs=bool(config.get("cuda_graphs")),
         )
 
 
@@ -86,6 +89,7 @@ class Memory:
         activations: The most that the student and its objectives hold, weights that ZeRO 3 gathers included.
         teacher_work: The most that the teacher's forward holds.
         step_work: The most that the optimizer's step holds.
+        graphs: Whether the last three have memory of their own each.
     """
 
     weights: int
@@ -97,12 +101,15 @@ class Memory:
     activations: int
     teacher_work: int
     step_work: int
+    graphs: bool = False
 
     @property
     def peak(self) -> int:
         """The most at a time."""
-        always = self.weights + self.optimizer + self.teacher + self.gradients + self.buffers
-        return always + self.signals + max(self.activations, self.teacher_work, self.step_work)
+        always = self.weights + self.optimizer + self.teacher + self.gradients + self.buffers + self.signals
+        if self.graphs:
+            return always + self.activations + self.teacher_work + self.step_work
+        return always + max(self.activations, self.teacher_work, self.step_work)
 
 
 def predict_memory(trace: Trace, engine: Engine, placement: Kind) -> Memory:
@@ -144,6 +151,7 @@ def predict_memory(trace: Trace, engine: Engine, placement: Kind) -> Memory:
         activations=trace.student.work_bytes + gathered,
         teacher_work=teacher.work_bytes if teacher is not None and placement != "ranks" else 0,
         step_work=step_work,
+        graphs=engine.graphs,
     )
 
 

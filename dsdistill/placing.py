@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from dsdistill.config.sections import TeacherSettings
+from dsdistill.memory import GIB, Memory
 from dsdistill.training.dist import Place
-from dsdistill.training.placement import Placement
+from dsdistill.training.placement import Kind, Placement
 from dsdistill.training.sharded_teacher import nvme_problem
+
+RESERVE = 0.12
+"""Share of a GPU's memory that `auto` leaves: the context, fragments, and what the prediction misses."""
 
 
 def placement_problems(
@@ -51,8 +58,45 @@ def placement_problems(
     return problems
 
 
-def choose_placement(settings: TeacherSettings) -> Placement:
-    """Where the teacher lives; problems are told by `placement_problems`."""
+def choose_placement(
+    settings: TeacherSettings,
+    place: Place,
+    forecast: Callable[[Kind], Memory],
+    *,
+    size: Callable[[], int],
+    fixed: bool,
+) -> Placement:
+    """Where the teacher lives; problems are told by `placement_problems`.
+
+    `auto` is a copy on the device where the predicted peak leaves a reserve, else host memory where that has room,
+    else spread over the processes.
+
+    Args:
+        settings: The recipe's section.
+        place: This process.
+        forecast: Predicts memory for a placement.
+        size: Tells the bytes of the teacher's weights.
+        fixed: Whether its forward becomes a graph, which wants its weights in place.
+    """
     if settings.placement != "auto":
         return Placement(kind=settings.placement, nvme=settings.nvme_path)
-    return Placement(kind="resident")
+    if place.device.type != "cuda":
+        return Placement(kind="resident")
+    room = torch.cuda.get_device_properties(place.device).total_memory * (1 - RESERVE)
+    peaks: dict[Kind, int] = {}
+
+    def told(kind: Kind, why: str) -> Placement:
+        shown = ", ".join(f"{name} {peak / GIB:.1f}" for name, peak in peaks.items())
+        return Placement(kind=kind, why=f"{why}; predicted peaks in GiB: {shown}; room for {room / GIB:.1f}")
+
+    peaks["resident"] = forecast("resident").peak
+    if peaks["resident"] <= room:
+        return told("resident", "a copy fits")
+    if fixed:
+        return told("resident", "a copy may not fit, but torch_compile wants one")
+    peaks["cpu"] = forecast("cpu").peak
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if place.world_size == 1 or size() * torch.cuda.device_count() < host / 2:
+        return told("cpu", "a copy may not fit")
+    peaks["zero3"] = forecast("zero3").peak
+    return told("zero3", "a copy may not fit, and host memory has no room for one per process")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -14,9 +15,12 @@ from dsdistill.config.offload import check_machine
 from dsdistill.config.recipe import AnyRecipe, Pace, Recipe, TaskRecipe
 from dsdistill.config.sections import StudentSettings, Term
 from dsdistill.core import ModelShape, Problem
+from dsdistill.forecast import forecast_memory, trace_stage
 from dsdistill.locate import Source
+from dsdistill.memory import Memory
 from dsdistill.models.families import Wanted, added_to_scores, available, family_of, max_length, shape_of
 from dsdistill.models.loading import (
+    Head,
     check_family,
     has_masked_lm_architecture,
     has_task_architecture,
@@ -31,12 +35,27 @@ from dsdistill.plan_rows import row_problems, rows_of
 from dsdistill.plan_sentences import follow_pooling, packing_problem, scoring_problem
 from dsdistill.sentence_scores import pairs_file
 from dsdistill.tasks.spec import TaskSpec, output_columns
+from dsdistill.tracing import Trace
 from dsdistill.training.dist import Place
 from dsdistill.training.distiller import BoundTerm, bind_terms, wanted_signals
 from dsdistill.training.engine import half_precision, zero_stage
-from dsdistill.training.placement import Placement
+from dsdistill.training.placement import Kind, Placement
 
 Found = TypeVar("Found")
+
+
+class Ends(NamedTuple):
+    """What comes out of the models.
+
+    Attributes:
+        head: What both end in.
+        problem: What a task's labels are.
+        targets: Positions per row whose logits may be wanted; None in a task, whose rows have one label each.
+    """
+
+    head: Head
+    problem: Problem
+    targets: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +70,7 @@ class StagePlan:
         terms: Summands of the loss, bound to layers.
         student_wants: Signals captured in the student.
         teacher_wants: Signals captured in the teacher; empty if no term needs one.
+        row_length: Tokens per row.
     """
 
     name: str
@@ -60,6 +80,7 @@ class StagePlan:
     terms: list[BoundTerm]
     student_wants: Wanted
     teacher_wants: Wanted
+    row_length: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +95,7 @@ class Plan(Generic[AnyRecipe]):
         layers: Teacher layers the student starts from, or None for random weights.
         stages: What is trained, one after the other.
         placement: Where the teacher lives.
+        ends: What both models end in, and what its labels are.
     """
 
     recipe: AnyRecipe
@@ -83,11 +105,27 @@ class Plan(Generic[AnyRecipe]):
     layers: tuple[int, ...] | None
     stages: tuple[StagePlan, ...]
     placement: Placement
+    ends: Ends
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any objective reads signals of the teacher."""
         return any(stage.teacher_wants for stage in self.stages)
+
+    def trace(self, stage: StagePlan, *, on_gpu: bool) -> Trace:
+        """What one micro-batch of a stage holds and computes."""
+        return trace_stage(
+            (self.student_config, self.teacher_config),
+            self.ends.head,
+            stage.terms,
+            (stage.student_wants, stage.teacher_wants),
+            stage.engine_config,
+            row_length=stage.row_length,
+            targets=self.ends.targets,
+            on_gpu=on_gpu,
+            activation_checkpointing=self.recipe.student.activation_checkpointing,
+            problem=self.ends.problem,
+        )
 
 
 def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Recipe]:
@@ -118,7 +156,11 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
         last = shape_of(models.teacher).num_layers
         wanted = {*stage.teacher_wants.get("hidden", ()), last}
         stage = replace(stage, teacher_wants={**stage.teacher_wants, "hidden": wanted})
-    return finish_plan(recipe, models, [stage], problems, ds_json, place)
+    head = "none" if models.teacher is None or not has_masked_lm_architecture(models.teacher) else "masked LM"
+    masking = recipe.masking
+    targets = row_length if masking.targets == "all" else round(masking.probability * row_length)
+    ends = Ends(head, "classification", targets)
+    return finish_plan(recipe, models, [stage], problems, ds_json, place, ends)
 
 
 def make_task_plan(
@@ -167,7 +209,7 @@ def make_task_plan(
                 "its attention scores; use teacher.cache: logits"
             )
         stages.append(stage)
-    return finish_plan(recipe, models, stages, problems, ds_json, place)
+    return finish_plan(recipe, models, stages, problems, ds_json, place, Ends("task", spec.problem, None))
 
 
 def asks_teacher(recipe: TaskRecipe) -> bool:
@@ -297,6 +339,7 @@ def plan_stage(
         terms=terms,
         student_wants=student_wants,
         teacher_wants=teacher_wants,
+        row_length=row_length,
     )
 
 
@@ -338,6 +381,7 @@ def finish_plan(
     problems: Problems,
     ds_json: dict[str, Any],
     place: Place,
+    ends: Ends,
 ) -> Plan[AnyRecipe]:
     """The plan, if nothing is wrong.
 
@@ -353,15 +397,38 @@ def finish_plan(
         )
     if problems.found or models.student is None:
         raise problems.error()
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         source=models.source,
         teacher_config=models.teacher,
         student_config=models.student,
         layers=models.layers,
         stages=tuple(stage for stage in stages if stage is not None),
-        placement=choose_placement(recipe.teacher),
+        placement=Placement(),
+        ends=ends,
     )
+    return replace(plan, placement=place_teacher(plan, place)) if plan.needs_teacher else plan
+
+
+def place_teacher(plan: Plan[Any], place: Place) -> Placement:
+    """Where the teacher lives: as the recipe says, or where the stage that asks for most has room."""
+    stages = [stage for stage in plan.stages if stage.teacher_wants]
+    configs = [stage.engine_config for stage in stages]
+
+    @cache
+    def traces() -> list[Trace]:
+        return [plan.trace(stage, on_gpu=True) for stage in stages]
+
+    def forecast(kind: Kind) -> Memory:
+        each = zip(traces(), configs, strict=True)
+        return max((forecast_memory(t, c, place.world_size, kind) for t, c in each), key=lambda memory: memory.peak)
+
+    def size() -> int:
+        teacher = max(t.teacher.frozen for t in traces() if t.teacher is not None)
+        return teacher * half_precision(configs[0]).itemsize
+
+    fixed = any(config.get("torch_compile") for config in configs)
+    return choose_placement(plan.recipe.teacher, place, forecast, size=size, fixed=fixed)
 
 
 def logit_problems(recipe: Recipe, source: Source, teacher: PreTrainedConfig, terms: Iterable[BoundTerm]) -> list[str]:

@@ -24,6 +24,7 @@ from dsdistill.models.loading import head_of, load_encoder, load_tokenizer, load
 from dsdistill.models.sentences import SentenceModules, read_sentence_modules, text_length
 from dsdistill.models.student import build_student
 from dsdistill.plan import Plan, describe_plan, make_plan, missing_head
+from dsdistill.preflight import preflight
 from dsdistill.sentence_scores import EncoderSizes, in_training
 from dsdistill.summary import summarize
 from dsdistill.training import run_directory, signals
@@ -57,6 +58,8 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
     if place.is_first:
         print(describe_plan(plan, place), flush=True)
     if dry_run:
+        if place.is_first:
+            print(preflight(plan, place), flush=True)
         return
     timeout_s = recipe.faults.hang_timeout_s
     if place.is_teacher:

@@ -21,6 +21,7 @@ from dsdistill.models.families import shape_of
 from dsdistill.models.loading import load_tokenizer
 from dsdistill.models.student import build_student
 from dsdistill.plan import Plan, Problems, StagePlan, describe_plan, make_task_plan
+from dsdistill.preflight import preflight
 from dsdistill.task_summary import finish_run, is_finished, stage_directory, summarize_task
 from dsdistill.task_teacher import (
     EVALUATION_ROWS,
@@ -84,6 +85,8 @@ def run(
         for note in task.notes:
             print(f"note       {note}", flush=True)
     if dry_run:
+        for one in filter(None, (tuning_plan, plan) if place.is_first else ()):
+            print(preflight(one, place), flush=True)
         return
     timeout_s = recipe.faults.hang_timeout_s
     if place.is_teacher:
