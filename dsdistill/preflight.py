@@ -138,8 +138,9 @@ def gpu_bytes(place: Place) -> int:
 def too_large(stage: StagePlan, memory: Memory, place: Place) -> str:
     """Why a stage cannot run, and what can."""
     name = f"stage {stage.name}: " if stage.name else ""
+    rows = stage.engine_config["train_micro_batch_size_per_gpu"]
     return (
         f"{name}the predicted peak of {memory.peak / GIB:.1f} GiB is more than the GPU's {gpu_bytes(place) / GIB:.1f}; "
-        f"use a smaller train_micro_batch_size_per_gpu (now {stage.engine_config['train_micro_batch_size_per_gpu']}), a "
+        f"use a smaller train_micro_batch_size_per_gpu (now {rows}), a "
         "higher ZeRO stage, student.activation_checkpointing, or another teacher.placement"
     )
