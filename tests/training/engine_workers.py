@@ -26,6 +26,7 @@ from dsdistill.training.schedule import learning_rate
 from dsdistill.training.stage import capture_student
 
 STAGES = (0, 1, 2, 3)
+OFFLOADED = ("zero2_offload", "zero3_offload")
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
@@ -85,7 +86,7 @@ def check_parity(content: dict) -> None:
         optimizer.step()
         optimizer.zero_grad()
     expected = {n: p.detach().clone() for n, p in distiller.named_parameters()}
-    stages = (*STAGES, "zero2_offload", "zero3_offload")
+    stages = (*STAGES, *OFFLOADED)
     for stage, checkpointing in (*((stage, False) for stage in stages), (3, True)):
         content["student"]["activation_checkpointing"] = checkpointing
         sharded, teacher, plan = make_distiller(check_recipe(content, "test"), stage, place)
@@ -130,7 +131,7 @@ def check_resume(content: dict, *, fp16: bool = False) -> None:
     start_processes(place)
     output = Path(content["output"])
     plain = pretrain.train_batches
-    for stage in STAGES:
+    for stage in (*STAGES, *OFFLOADED) if fp16 else STAGES:
         results = []
         for kind in ("unbroken", "broken"):
             recipe = check_recipe({**content, "output": str(output / f"{kind}-{stage}")}, "test")
@@ -231,7 +232,7 @@ def check_fp16_stages(content: dict) -> None:
     start_processes(place)
     output = Path(content["output"])
     results = []
-    for stage in STAGES:
+    for stage in (*STAGES, *OFFLOADED):
         recipe = check_recipe({**content, "output": str(output / str(stage))}, "test")
         plan = make_plan(recipe, ds_json(stage, fp16=True), place)
         distil(plan, *open_corpus(recipe, plan, place), place, "auto")
