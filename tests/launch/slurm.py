@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dsdistill.training.dist import free_port
@@ -35,7 +35,7 @@ def why_not() -> str | None:
 
 
 class Cluster:
-    """Started when made; `close` ends it with its jobs."""
+    """Ends with its jobs at `close`, also if `start` failed."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -53,9 +53,13 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
+        self.daemons: list[subprocess.Popen] = []
+
+    def start(self) -> None:
+        directory = self.directory
         munge = ["munged", "--foreground", f"--key-file={directory}/munge.key", f"--socket={directory}/munge"]
         munge += [f"--pid-file={directory}/munged.pid", f"--log-file={directory}/munged.log"]
-        self.daemons = [self._start("ctl", [*munge, f"--seed-file={directory}/seed", "--force"])]
+        self.daemons.append(self._start("ctl", [*munge, f"--seed-file={directory}/seed", "--force"]))
         self.wait_until(lambda: (directory / "munge").exists(), "munged")
         self.daemons.append(self._start("ctl", ["slurmctld", "-D", "-f", str(self.conf)]))
         self.daemons += [self._start(node, ["slurmd", "-D", "-N", node, "-f", str(self.conf)]) for node in NODES]
@@ -95,22 +99,15 @@ class Cluster:
         ]
         return "\n".join(lines) + "\n"
 
-    def _start(self, host: str, command: list[str]) -> subprocess.Popen:
+    def _on(self, host: str, command: Sequence[str]) -> list[str]:
+        """The command as it runs on a machine of that name, which knows the others' names."""
         inside = 'mount --bind "$1" /etc/hosts && hostname "$2" && exec "${@:3}"'
+        return ["unshare", "--mount", "--uts", "bash", "-c", inside, "-", f"{self.directory}/hosts", host, *command]
+
+    def _start(self, host: str, command: list[str]) -> subprocess.Popen:
         with (self.directory / "start.log").open("a") as log:
             return subprocess.Popen(
-                [
-                    "unshare",
-                    "--mount",
-                    "--uts",
-                    "bash",
-                    "-c",
-                    inside,
-                    "-",
-                    str(self.directory / "hosts"),
-                    host,
-                    *command,
-                ],
+                self._on(host, command),
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -121,7 +118,12 @@ class Cluster:
     def run(self, *command: str, **variables: str) -> str:
         """What a SLURM command says."""
         done = subprocess.run(
-            command, cwd=ROOT, env={**self.environment, **variables}, capture_output=True, text=True, check=False
+            self._on("ctl", command),
+            cwd=ROOT,
+            env={**self.environment, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return done.stdout if done.returncode == 0 else f"{done.stdout}{done.stderr}"
 

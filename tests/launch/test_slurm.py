@@ -1,5 +1,6 @@
 """The batch scripts on a real SLURM of two nodes, and where processes stand in its steps."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -78,8 +79,28 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     if reason:
         pytest.skip(reason)
     made = Cluster(tmp_path_factory.mktemp("slurm"))
-    yield made
-    made.close()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+def test_tasks_of_a_real_step_on_two_nodes_are_four_ranks(cluster, tmp_path, monkeypatch):
+    """The variables are SLURM's own; a batch script has some of them too."""
+    monkeypatch.setattr(
+        dist, "_first_host", lambda nodes: cluster.run("scontrol", "show", "hostnames", nodes).split()[0]
+    )
+    told = [sys.executable, "-S", "-c", "import json, os; print(json.dumps(dict(os.environ)))"]
+    options = ("--nodes=2", "--ntasks-per-node=2", f"--output={tmp_path}/%t.json")
+    cluster.run("srun", *options, *told, DS_ACCELERATOR="cpu")
+    found = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(4)]
+    tasks = [{k: v for k, v in task.items() if k.startswith(("SLURM", "DS_"))} for task in found]
+    places = [find_place(task) for task in tasks]
+    assert [(p.rank, p.local_rank, p.world_size) for p in places] == [(0, 0, 4), (1, 1, 4), (2, 0, 4), (3, 1, 4)]
+    meeting = {tuple(rendezvous(p, t).values())[3:] for p, t in zip(places, tasks, strict=True)}
+    assert len(meeting) == 1
+    assert meeting.pop()[0] == "n1"
 
 
 @pytest.fixture
