@@ -19,10 +19,11 @@ from dsdistill.core import Batch
 from dsdistill.corpus.loader import held_out_batches
 from dsdistill.corpus.masking import Masker
 from dsdistill.corpus.store import Corpus
-from dsdistill.models.export import export_student, model_card, rebuild
+from dsdistill.models.card import model_card
+from dsdistill.models.export import export_student, rebuild
 from dsdistill.models.families import encoder_of, shape_of
 from dsdistill.models.loading import head_of, load_config, load_encoder, load_tokenizer
-from dsdistill.models.sentences import sentence_problem
+from dsdistill.models.sentences import read_sentence_modules, sentence_problem
 from dsdistill.models.student import build_student, restore_dropout
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.speed import seconds_of_calls
@@ -61,6 +62,7 @@ def export_run(directory: Path, checkpoint: Path | None = None, output: Path | N
         "teacher": Path(recipe.teacher.model).name,
         **{key: f"{value:,}" for key, value in size_of(student).items()},
         "head": head_of(student),
+        "data": recipe.corpus.directory.name,
         "optimizer steps": step,
         **{f"held-out {name}": f"{value:.4f}" for name, value in held_out_at(directory, -1, last_step=step).items()},
         **{name: f"{value:.4f}" for name, value in scores_at(directory, -1, last_step=step).items()},
@@ -68,7 +70,11 @@ def export_run(directory: Path, checkpoint: Path | None = None, output: Path | N
     problem = sentence_problem(source)
     if problem is not None:
         facts["sentence-transformers"] = f"not written as such a model: {problem}"
-    export_student(student, load_tokenizer(source), output, card=model_card(facts, recipe.to_yaml()), teacher=source)
+    modules = read_sentence_modules(source)
+    card = model_card(
+        facts, recipe.to_yaml(), teacher=source, is_sentence_encoder=modules is not None and problem is None
+    )
+    export_student(student, load_tokenizer(source), output, card=card, teacher=source)
     return output
 
 

@@ -17,7 +17,8 @@ from dsdistill.config.recipe import TaskRecipe, read_task_recipe
 from dsdistill.corpus.files import read_json, write_text
 from dsdistill.locate import Source
 from dsdistill.models.capture import Captured
-from dsdistill.models.export import export_student, model_card, rebuild
+from dsdistill.models.card import model_card
+from dsdistill.models.export import export_student, rebuild
 from dsdistill.models.families import encoder_of
 from dsdistill.models.loading import head_of, load_config, load_tokenizer
 from dsdistill.models.student import restore_dropout
@@ -216,7 +217,7 @@ def card_of(directory: Path, recipe: TaskRecipe, student: PreTrainedModel) -> st
             for metric, value in values.items()
         },
     }
-    return model_card(facts, recipe.to_yaml())
+    return model_card(facts, recipe.to_yaml(), teacher=recipe.teacher.source, is_sentence_encoder=False)
 
 
 def write_card(recipe: TaskRecipe, directory: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,20 +102,3 @@ def check_reloaded(model: PreTrainedModel, directory: Path) -> None:
         raise RuntimeError(
             f"export in {directory} computes something else: largest difference {(theirs - ours).abs().max():.2e}"
         )
-
-
-def model_card(facts: Mapping[str, Any], recipe_yaml: str) -> str:
-    """README.md of an export: what it is, its numbers, how to load it, the recipe."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    loader = auto_class(facts.get("head", "none")).__name__
-    return (
-        "---\nlibrary_name: transformers\ntags:\n- distillation\n- dsdistill\n---\n"
-        f"# {facts['name']}\n\nDistilled from `{facts['teacher']}` with dsdistill.\n\n"
-        f"| | |\n|---|---|\n{rows}\n\n"
-        "```python\n"
-        f"from transformers import {loader}, AutoTokenizer\n\n"
-        f'model = {loader}.from_pretrained("path/to/this/directory")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")\n'
-        "```\n\n"
-        f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"
-    )

@@ -133,7 +133,7 @@ def write_sentence_modules(teacher: Source, width: int, directory: Path) -> None
         if kind == "Transformer":
             inside, listed[index]["path"] = listed[index]["path"], ""
             for name in SETTINGS:
-                _copy(teacher, name if _file(teacher, name) else f"{inside}/{name}", directory / name)
+                _copy(teacher, name if file_beside(teacher, name) else f"{inside}/{name}", directory / name)
         else:
             (directory / listed[index]["path"]).mkdir(parents=True, exist_ok=True)
             name = f"{listed[index]['path']}/config.json"
@@ -146,7 +146,7 @@ def write_sentence_modules(teacher: Source, width: int, directory: Path) -> None
 
 
 def _copy(source: Source, name: str, to: Path) -> None:
-    found = _file(source, name)
+    found = file_beside(source, name)
     if found is not None:
         shutil.copyfile(found, to)
 
@@ -157,7 +157,7 @@ def _write(path: Path, content: Any) -> None:
 
 def _read(source: Source, name: str) -> Any:
     """The content of a JSON file beside the model, or None if there is none."""
-    found = _file(source, name)
+    found = file_beside(source, name)
     if found is None:
         return None
     try:
@@ -166,7 +166,8 @@ def _read(source: Source, name: str) -> Any:
         raise ValueError(f"{source.model}: {name} is no JSON ({error}); get the file again") from error
 
 
-def _file(source: Source, name: str) -> Path | None:
+def file_beside(source: Source, name: str) -> Path | None:
+    """A file of a model's directory or repository, or None if there is none."""
     found = cached_file(
         source.root,
         name.removeprefix("/"),

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dsdistill.report.collect import Curve, Run
+from dsdistill.models.card import loading_code
+from dsdistill.models.sentences import MODULES
+from dsdistill.report.collect import EXPORT, Curve, Run
 
 UNKNOWN = "-"
 
@@ -149,19 +151,13 @@ def repeat_command(run: Run) -> str:
     return shlex.join([*words, "--set", f"output={run.directory}-again"])
 
 
-def loading_code(run: Run) -> str:
-    """How to load the exported student, by what was exported."""
-    place = str(run.directory / "model")
-    if (run.directory / "model/modules.json").is_file():
-        return f"from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer({place!r})"
+def how_to_load(run: Run) -> str:
+    """Python that loads the exported student, by what was exported."""
     architecture = str((run.student.get("architectures") or [""])[0])
-    kinds = {"ForMaskedLM": "AutoModelForMaskedLM", "ForSequenceClassification": "AutoModelForSequenceClassification"}
-    loader = next((auto for ending, auto in kinds.items() if architecture.endswith(ending)), "AutoModel")
-    return (
-        f"from transformers import {loader}, AutoTokenizer\n\n"
-        f"model = {loader}.from_pretrained({place!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({place!r})"
-    )
+    heads = {"ForMaskedLM": "masked LM", "ForSequenceClassification": "task"}
+    head = next((head for ending, head in heads.items() if architecture.endswith(ending)), "none")
+    is_sentence_encoder = (run.directory / EXPORT / MODULES).is_file()
+    return loading_code(head, is_sentence_encoder, str(run.directory / EXPORT))
 
 
 def groups(runs: list[Run]) -> dict[str, list[Run]]:

@@ -55,7 +55,7 @@ def page_of(run: Run, name: str) -> dict[str, Any]:
         "problems": run.problems,
         "facts": facts.facts(run),
         "speeds": facts.speeds(run),
-        "loading": facts.loading_code(run) if run.parameters else None,
+        "loading": facts.how_to_load(run) if run.parameters else None,
         "repeat": facts.repeat_command(run) if run.recipe else None,
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False) if run.recipe else None,
         "ds_config": json.dumps(run.ds_config, indent=2) if run.ds_config else None,

@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertModel
 
 from dsdistill.locate import Source
-from dsdistill.models.export import export_student, model_card, rebuild, save_skeleton
+from dsdistill.models.card import model_card
+from dsdistill.models.export import export_student, rebuild, save_skeleton
 from dsdistill.models.families import layer_list
 from dsdistill.models.loading import head_of, load_encoder, load_tokenizer
 from dsdistill.models.student import build_student, student_config
@@ -67,7 +68,8 @@ def test_export_loads_everywhere_and_computes_the_same(teacher_directory, tmp_pa
     save_skeleton(student, tokenizer, tmp_path / "skeleton")
     rebuilt = rebuild(tmp_path / "skeleton", named(student))
     facts = {"name": "tiny", "teacher": "t", "head": "masked LM" if with_head else "none"}
-    export_student(rebuilt, tokenizer, tmp_path / "model", card=model_card(facts, "name: tiny\n"), teacher=source)
+    card = model_card(facts, "name: tiny\n", teacher=source, is_sentence_encoder=False)
+    export_student(rebuilt, tokenizer, tmp_path / "model", card=card, teacher=source)
     inputs = AutoTokenizer.from_pretrained(tmp_path / "model")("a great film", return_tensors="pt")
     auto = AutoModelForMaskedLM if with_head else AutoModel
     with torch.no_grad():

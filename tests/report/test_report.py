@@ -13,7 +13,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from dsdistill.report.collect import collect
-from dsdistill.report.facts import facts, groups, loading_code, repeat_command, score
+from dsdistill.report.facts import facts, groups, how_to_load, repeat_command, score
 from dsdistill.report.write import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -187,10 +187,10 @@ def test_equal_names_of_different_recipes_are_told_apart(tmp_path):
 
 def test_loading_code_and_command_are_those_of_the_run(tmp_path):
     run = collect(write_run(tmp_path / "run"))
-    assert "AutoModelForMaskedLM.from_pretrained" in loading_code(run)
+    assert "AutoModelForMaskedLM.from_pretrained" in how_to_load(run)
     assert repeat_command(run).startswith("deepspeed launch/pretrain_distill.py --ds_config ds_configs/zero1.json")
     (tmp_path / "run/model/modules.json").write_text("[]")
-    assert "SentenceTransformer(" in loading_code(run)
+    assert "SentenceTransformer(" in how_to_load(run)
 
 
 @pytest.mark.parametrize("directory", ["nowhere", "empty"])
