@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from dsdistill.config.offload import OFFLOADS, check_machine, offload_device
-from tests.faults.conftest import warm  # noqa: F401 (fixture)
 from tests.faults.jobs import Job
 from tests.faults.test_kills import training_losses
 from tests.workers import ROOT
