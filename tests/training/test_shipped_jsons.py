@@ -30,7 +30,7 @@ def recipe(tmp_path, recipe_content) -> Path:
     return path
 
 
-def losses_of(recipe: Path, name: str, directory: Path, warm) -> list[float]:  # noqa: F811
+def losses_of(recipe: Path, name: str, directory: Path, warm) -> list[float]:
     """Training losses of a run on two processes; with NVMe in a directory of its own, and buffers for a tiny model."""
     content = json.loads((ROOT / "ds_configs" / f"zero{name}.json").read_text())
     zero = content["zero_optimization"]
@@ -63,7 +63,7 @@ def nvme() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [name for name in JSONS if name != "0"])
-def test_losses_of_fifty_steps_are_those_of_zero_0(recipe, name, tmp_path, warm, request):  # noqa: F811
+def test_losses_of_fifty_steps_are_those_of_zero_0(recipe, name, tmp_path, warm, request):
     if "nvme" in name:
         request.getfixturevalue("nvme")
     expected, found = (losses_of(recipe, which, tmp_path, warm) for which in ("0", name))
