@@ -25,9 +25,11 @@ from dsdistill.models.loading import (
     has_masked_lm_architecture,
     has_task_architecture,
     load_config,
+    load_tokenizer,
     task_config,
 )
 from dsdistill.models.student import check_recomputes, check_start, student_config
+from dsdistill.models.vocabulary import set_vocabulary
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.objectives.registry import find_objective
 from dsdistill.placing import choose_placement, placement_problems
@@ -142,7 +144,16 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
     stage = plan_stage(recipe.objectives, recipe.pace, models, problems, ds_json, place, row_length=row_length)
     if stage is not None and "logits" in stage.student_wants:
         problems.found += logit_problems(recipe, source, models.teacher, stage.terms)
-    elif stage is not None and recipe.student.frozen_encoder:
+    if models.student is not None and recipe.student.tokenizer is not None:
+        student = models.student
+        problems.of(lambda: set_vocabulary(student, load_tokenizer(recipe.student.tokenizer_source(source))))
+        others = [term.objective for term in recipe.objectives if term.objective != "mlm"]
+        if others:
+            problems.found.append(
+                f"objectives: {', '.join(others)} cannot be used with student.tokenizer: what the teacher says of its "
+                "tokens does not line up with other tokens of the student; use mlm only"
+            )
+    if stage is not None and "logits" not in stage.student_wants and recipe.student.frozen_encoder:
         problems.found.append("student.frozen_encoder trains a masked-LM head, but no objective reads logits; use mlm")
     if rows is not None:
         problems.found += row_problems(recipe, rows, models.teacher, models.student)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from dsdistill.models.families import encoder_of, shape_of
 from dsdistill.models.loading import head_of, load_encoder, load_tokenizer, load_with_new_head
 from dsdistill.models.sentences import SentenceModules, read_sentence_modules, text_length
 from dsdistill.models.student import build_student
+from dsdistill.models.vocabulary import change_vocabulary
 from dsdistill.plan import Plan, describe_plan, make_plan, missing_head
 from dsdistill.preflight import preflight
 from dsdistill.sentence_scores import EncoderSizes, in_training
@@ -83,9 +85,9 @@ def open_corpus(recipe: Recipe, plan: Plan[Recipe], place: Place) -> tuple[Corpu
     if recipe.corpus.prepare is not None:
         prepare(recipe.corpus.prepare, progress=place.is_first)
     corpus, held_out = (Corpus.open(recipe.corpus.directory, split) for split in ("train", "held_out"))
-    tokenizer = load_tokenizer(plan.source)
+    tokenizer = load_tokenizer(recipe.student.tokenizer_source(plan.source))
     corpus.check_tokenizer(tokenizer)
-    corpus.check_vocabulary(plan.teacher_config.vocab_size, model=plan.source.model)
+    corpus.check_vocabulary(plan.student_config.vocab_size, model=plan.source.model)
     return corpus, held_out, tokenizer
 
 
@@ -206,15 +208,23 @@ def build_models(
     complete = load_with_new_head(plan.source, seed=recipe.seed) if frozen else load_encoder(plan.source)
     if "logits" in {*stage.student_wants, *stage.teacher_wants} and head_of(complete) == "none":
         raise ValueError(missing_head(plan.source))
-    settings = recipe.student
+    settings, config = recipe.student, plan.student_config
+    if settings.tokenizer is not None:
+        config = copy.deepcopy(config)
+        config.vocab_size = plan.teacher_config.vocab_size
     student = build_student(
         complete,
-        plan.student_config,
+        config,
         plan.layers,
         seed=recipe.seed,
         resize=settings.resize,
         init_from=settings.init_from,
     )
+    if settings.tokenizer is not None:
+        ours, theirs = load_tokenizer(settings.tokenizer_source(plan.source)), load_tokenizer(plan.source)
+        shared = change_vocabulary(student, ours, theirs, seed=recipe.seed)
+        if place.is_first:
+            print(f"tokenizer  {shared:,} of {len(ours):,} tokens start from the teacher's embeddings", flush=True)
     if frozen:
         encoder_of(student).requires_grad_(False)
     if not stage.teacher_wants:

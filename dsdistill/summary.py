@@ -74,7 +74,7 @@ def export_run(directory: Path, checkpoint: Path | None = None, output: Path | N
     card = model_card(
         facts, recipe.to_yaml(), teacher=source, is_sentence_encoder=modules is not None and problem is None
     )
-    export_student(student, load_tokenizer(source), output, card=card, teacher=source)
+    export_student(student, load_tokenizer(recipe.student.tokenizer_source(source)), output, card=card, teacher=source)
     return output
 
 
@@ -105,7 +105,8 @@ def size_of(model: PreTrainedModel) -> dict[str, int]:
 def rows_per_second(model: PreTrainedModel, batch: Batch) -> float:
     """Median speed of the encoder on the CPU in float32."""
     encoder = encoder_of(model).cpu().float().eval()
-    call = partial(encoder, input_ids=batch.input_ids, attention_mask=batch.mask.long())
+    ids = batch.input_ids % encoder.config.vocab_size  # a teacher may know fewer tokens
+    call = partial(encoder, input_ids=ids, attention_mask=batch.mask.long())
     return len(batch.input_ids) / statistics.median(seconds_of_calls(call, torch.device("cpu"), budget_s=0.0))
 
 
@@ -143,13 +144,13 @@ def summarize(directory: Path) -> str:
     checkpoint = whole_checkpoints(directory / CHECKPOINTS)[-1]
     student = rebuild(directory / SKELETON, load_file(checkpoint / STUDENT))
     layers = initial_layers(recipe.student.init, recipe.student.num_layers, size_of(teacher)["layers"])
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(recipe.student.tokenizer_source(source))
     before, after = held_out_at(directory, 0), held_out_at(directory, -1)
     lines = ["", "objective on held-out text        before      after"]
     lines += [f"  {name:<28} {before.get(name, float('nan')):>10.4f} {value:>10.4f}" for name, value in after.items()]
     before, after = scores_at(directory, 0), scores_at(directory, -1)
     lines += [f"  {name:<28} {before.get(name, float('nan')):>10.4f} {value:>10.4f}" for name, value in after.items()]
-    if size_of(teacher)["width"] == size_of(student)["width"]:
+    if size_of(teacher)["width"] == size_of(student)["width"] and recipe.student.tokenizer is None:
         batch = held_out_text(recipe, tokenizer, COSINE_ROWS)
         settings = recipe.student
         untrained = build_student(
