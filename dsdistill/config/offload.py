@@ -49,21 +49,28 @@ def check_machine(zero: Mapping[str, Any]) -> None:
     Raises:
         ValueError: With what is missing on this machine and how to get it.
     """
-    if all(offload_device(zero, key) != "nvme" for key in OFFLOADS):
-        return
+    if any(offload_device(zero, key) == "nvme" for key in OFFLOADS):
+        problem = async_io_problem()
+        if problem is not None:
+            raise ValueError(f"offload to NVMe: {problem}, or offload to cpu")
+
+
+def async_io_problem() -> str | None:
+    """What DeepSpeed's reading and writing of NVMe lacks on this machine and how to get it, or None."""
     from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
 
     if installed_ops.get(AsyncIOBuilder.NAME):  # compiled when DeepSpeed was
-        return
+        return None
     tools = [name for name in ("g++", "ninja") if shutil.which(name) is None]
     if tools:
-        raise ValueError(
-            f"offload to NVMe: DeepSpeed compiles its async_io at first use, but there is no {' and no '.join(tools)}; "
-            "install a C++ compiler and ninja-build, or offload to cpu"
+        return (
+            f"DeepSpeed compiles its async_io at first use, but there is no {' and no '.join(tools)}; "
+            "install a C++ compiler and ninja-build"
         )
     if not AsyncIOBuilder().is_compatible():
-        raise ValueError(
-            "offload to NVMe: libaio and its headers are not here; install them (libaio-dev on Debian and Ubuntu, "
-            "libaio-devel on Fedora and its kin; elsewhere set CFLAGS and LDFLAGS), or offload to cpu"
+        return (
+            "libaio and its headers are not here; install them (libaio-dev on Debian and Ubuntu, "
+            "libaio-devel on Fedora and its kin; elsewhere set CFLAGS and LDFLAGS)"
         )
+    return None

@@ -6,19 +6,17 @@ holds all of them; a layer is gathered for its forward and let go after it.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue] (made at import)
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dsdistill.config.offload import async_io_problem
 from dsdistill.core import Batch, Features
 from dsdistill.models.capture import Wanted
 from dsdistill.models.families import layer_class
@@ -88,18 +86,8 @@ def nvme_problem(directory: Path) -> str | None:
     """Why DeepSpeed cannot keep a teacher in this directory, or None if it can."""
     if not directory.is_dir() or not os.access(directory, os.W_OK):
         return f"teacher.nvme_path={str(directory)!r} is no directory that can be written; make it, on a local disk"
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        return (
-            "teacher.placement=nvme: DeepSpeed's async_io cannot be built, because libaio or its headers are missing; "
-            "install libaio-dev (Debian, Ubuntu) or libaio-devel (Red Hat, SUSE), or use placement cpu"
-        )
-    missing = [tool for tool in ("ninja", os.environ.get("CXX", "g++")) if shutil.which(tool) is None]
-    if missing and importlib.util.find_spec("deepspeed.ops.aio.async_io_op") is None:
-        return (
-            f"teacher.placement=nvme: DeepSpeed builds async_io at its first use and needs {' and '.join(missing)}; "
-            "install that, or use placement cpu"
-        )
-    return None
+    problem = async_io_problem()
+    return None if problem is None else f"teacher.placement=nvme: {problem}, or use placement cpu"
 
 
 def zero3_config(dtype: torch.dtype, *, layer: int, largest: int, disk: str | None) -> dict[str, Any]:
