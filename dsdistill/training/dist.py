@@ -96,7 +96,8 @@ def rendezvous(place: Place, environment: Mapping[str, str] = os.environ) -> dic
         "LOCAL_RANK": str(place.local_rank),
         "WORLD_SIZE": str(place.world_size),
         "MASTER_ADDR": found.get("MASTER_ADDR", "127.0.0.1"),
-        "MASTER_PORT": found.get("MASTER_PORT") or free_port(),
+        # one process alone lets the system choose, which cannot collide
+        "MASTER_PORT": found.get("MASTER_PORT") or (free_port() if place.num_processes > 1 else "0"),
     }
 
 

@@ -45,9 +45,8 @@ FREE_OF_THE_TEACHER = ("placement", "ranks", "nvme_path")
 
 def fingerprint(recipe: RunSettings) -> str:
     """SHA-256 of all that decides what is learned."""
-    content = recipe.model_dump(mode="json", exclude=set(FREE_TO_CHANGE), serialize_as_any=True)
-    for key in FREE_OF_THE_TEACHER:
-        content["teacher"].pop(key, None)
+    free = {**dict.fromkeys(FREE_TO_CHANGE, True), "teacher": set(FREE_OF_THE_TEACHER)}
+    content = recipe.model_dump(mode="json", exclude=free, serialize_as_any=True)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
