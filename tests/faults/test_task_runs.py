@@ -145,6 +145,7 @@ def test_a_run_on_a_task_survives_a_fault_in_each_of_its_parts(start, tmp_path, 
     assert_same_models(whole, run)
 
 
+@pytest.mark.slow
 def test_jobs_that_want_the_same_teacher_wait_for_each_other_but_not_for_the_dead(start, tmp_path):
     """The second job is stopped while it waits, started again, and goes on with the teacher of a killed first."""
     runs = [tmp_path / "shared" / name for name in ("one", "other")]

@@ -204,6 +204,7 @@ def test_compiled_attention_gets_no_mask_where_nothing_is_hidden(family):
     )  # windows, biases
 
 
+@pytest.mark.slow
 def test_a_compiled_student_trains_as_an_eager_one():
     """Dropout included: the compiled forward draws what the eager one draws."""
     gradients = []

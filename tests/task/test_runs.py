@@ -64,11 +64,13 @@ def check_export(run, predictions) -> None:
     np.testing.assert_allclose(logits, told, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_stopped_in_both_stages_a_run_ends_with_the_same_weights(task_content, world_size):
     run_workers(f"{WORKERS}:check_resume", world_size, content=task_content, stages=[0, 2])
 
 
+@pytest.mark.slow
 def test_cached_signals_train_the_same_student(task_content):
     run_workers(f"{WORKERS}:check_caches", 1, content=task_content)
 
@@ -116,6 +118,7 @@ def job(content: dict, tmp_path, *arguments: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_the_command_refuses_signals_of_another_teacher_and_tells_what_is_done(task_content, tmp_path):
     """One changed weight of the teacher, and a run that is done and is started again."""
     task_content["teacher"]["cache"] = "all"
