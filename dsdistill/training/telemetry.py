@@ -27,6 +27,24 @@ from dsdistill.training.dist import Place
 
 PARTS = ("data", "teacher", "student", "backward", "step")
 NEVER = float(2**53)
+LAYOUT = {
+    "objectives": {
+        "training: every term beside the total": ["Multiline", ["loss/.*"]],
+        "held-out rows": ["Multiline", ["held_out/.*"]],
+        "scores": ["Multiline", ["score/.*"]],
+    },
+    "a step": {
+        "seconds by part": ["Multiline", [f"time/{part}_s" for part in PARTS]],
+        "tokens per second": ["Multiline", ["throughput/tokens_per_s"]],
+        "memory, GiB": ["Multiline", ["memory/.*"]],
+    },
+    "optimizer": {
+        "learning rate": ["Multiline", ["optimization/learning_rate"]],
+        "gradient norm": ["Multiline", ["optimization/grad_norm"]],
+        "loss scale, skipped steps": ["Multiline", ["optimization/loss_scale", "optimization/skipped_steps"]],
+    },
+}
+"""What TensorBoard's tab Custom Scalars shows together, by regular expressions of tags."""
 
 
 class Stopwatch:
@@ -127,6 +145,7 @@ class Telemetry:
             keep_entries(self.metrics, first_step)
             with self._going_on("TensorBoard"):
                 self.writer = tensorboard_writer(directory / "tensorboard", first_step)
+                self.writer.add_custom_scalars(LAYOUT)
             terminal = sys.stderr.isatty()
             self.bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
 

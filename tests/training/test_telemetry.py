@@ -1,14 +1,16 @@
 import contextlib
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsdistill.core import Losses
 from dsdistill.summary import held_out_at
 from dsdistill.training.dist import Place
-from dsdistill.training.telemetry import LossSums, Stopwatch, Telemetry, keep_entries, read_metrics
+from dsdistill.training.telemetry import LAYOUT, LossSums, Stopwatch, Telemetry, keep_entries, read_metrics
 
 CPU = torch.device("cpu")
 PLACE = Place(rank=0, local_rank=0, world_size=1, device=CPU)
@@ -100,6 +102,21 @@ def test_lines_are_plain_without_a_terminal(tmp_path, capsys):
     assert shown.out == ""
     kinds = [entry["kind"] for entry in read_metrics(tmp_path / "metrics.jsonl")]
     assert kinds == ["train", "held_out"]
+
+
+def test_tensorboard_shows_every_number_in_a_chart_of_its_group(tmp_path):
+    telemetry = Telemetry(tmp_path, PLACE, first_step=0, last_step=10)
+    telemetry.sums.add(losses(1.0, 2.0), 1)
+    engine = ("learning_rate", "grad_norm", "loss_scale", "skipped_steps")
+    told = telemetry.training(5, 640, 5, {f"optimization/{name}": 0.1 for name in engine})
+    telemetry.evaluation(5, {"total": 3.0, "first": 1.0}, {"dev/accuracy": 0.5})
+    telemetry.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.summary_metadata["custom_scalars__config__"].plugin_data.plugin_name == "custom_scalars"
+    patterns = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
+    shown = {*told, "held_out/total", "held_out/first", "score/dev/accuracy"} - {"time/step_time_s"}
+    assert shown <= set(events.Tags()["scalars"])
+    assert [tag for tag in shown if not any(re.fullmatch(pattern, tag) for pattern in patterns)] == []
 
 
 def test_a_card_tells_the_numbers_of_its_own_checkpoint(tmp_path):
