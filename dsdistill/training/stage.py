@@ -14,7 +14,7 @@ from dsdistill.training.checkpoint import HEADS, STUDENT, SaveError, load_optimi
 from dsdistill.training.dist import Place, gather_rows
 from dsdistill.training.distiller import Distiller, freeze_unreached
 from dsdistill.training.engine import start_engine
-from dsdistill.training.graphs import GraphedLosses, GraphedTeacher, reason_against
+from dsdistill.training.graphs import GraphedLosses, GraphedTeacher, is_regular, reason_against
 from dsdistill.training.loop import Attempt, Stage, train
 from dsdistill.training.teacher_ranks import RemoteTeacher
 from dsdistill.training.telemetry import Telemetry
@@ -32,6 +32,9 @@ def capture_student(student: PreTrainedModel, wanted: Wanted, *, activation_chec
 
 def record_graphs(stage: Stage, distiller: Distiller, notes: list[str]) -> Stage:
     """Let training replay CUDA graphs, of the teacher where it is on this GPU, and of the student where it can be."""
+    if not is_regular(stage.probe):
+        notes.append("cuda_graphs: not of these rows, whose chosen positions or documents differ in number")
+        return stage
     against = reason_against(distiller)
     if against is None:
         distiller.replay = GraphedLosses(distiller)

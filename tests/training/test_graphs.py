@@ -1,5 +1,7 @@
 """What decides about recordings; that they train the same is shown on a GPU, in test_engine.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from dsdistill.training.graphs import (
     reason_against,
     standing_in,
 )
+from dsdistill.training.stage import record_graphs
 
 SHAPE = ModelShape(num_layers=2, width=8, num_heads=2, head_width=4, vocab_size=9)
 
@@ -91,6 +94,18 @@ def test_terms_over_all_ranks_and_mixed_types_are_not_recorded():
     mixed.student.half()
     mixed.extra = nn.Linear(2, 2)
     assert "several types" in str(reason_against(mixed))
+
+
+def test_rows_that_cannot_be_recorded_are_told():
+    notes: list[str] = []
+    stage = SimpleNamespace(probe=batch(2, segments=True), teacher=None)
+    student = distiller(term("minilm"))
+    assert record_graphs(stage, student, notes) is stage
+    assert student.replay is None
+    assert "documents differ in number" in notes[0]
+    assert record_graphs(SimpleNamespace(probe=batch(2), teacher=None), student, notes) is not None
+    assert student.replay is not None
+    assert len(notes) == 1
 
 
 def test_stand_ins_give_the_same_gradients_and_leave():
