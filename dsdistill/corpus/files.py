@@ -36,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
                 _discard(file)
                 raise _full(error, path, written) from None
         os.replace(aside, path)
-        sync_directory(path.parent)
+        sync(path.parent)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -58,9 +58,9 @@ def _full(error: OSError, path: Path, written: int) -> OSError:
     )
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames in a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make what is in a file, or renames in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

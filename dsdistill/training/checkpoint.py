@@ -13,9 +13,7 @@ ZeRO stage, and reading it cannot run code.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -30,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dsdistill.corpus.files import read_json
+from dsdistill.corpus.files import read_json, sha256_of, sync
 from dsdistill.training.moments import read_moments, write_moments
 from dsdistill.training.optimizer_state import flats, full_weights, loss_scaling, persistent_buffers, set_loss_scaling
 
@@ -85,7 +83,7 @@ def save_checkpoint(
         (partial / STATE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         seal(partial)
         partial.rename(final)
-        _sync(directory)
+        sync(directory)
         for old in whole_checkpoints(directory)[:-keep]:
             # a kill in the middle leaves nothing that has a checkpoint's name: `remove_unfinished` finds it
             shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")))
@@ -133,12 +131,12 @@ def seal(directory: Path) -> None:
     """Flush every file to disk and write the manifest."""
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        _sync(path)
-        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        sync(path)
+        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = directory / MANIFEST
     manifest.write_text(json.dumps({"version": 1, "files": files}, indent=2) + "\n", encoding="utf-8")
-    _sync(manifest)
-    _sync(directory)
+    sync(manifest)
+    sync(directory)
 
 
 def verify(directory: Path) -> None:
@@ -158,7 +156,7 @@ def verify(directory: Path) -> None:
             raise ValueError(f"checkpoint {directory}: {name} leads out of the directory")
         if not path.is_file() or path.stat().st_size != size:
             raise ValueError(f"checkpoint {directory}: {name} is missing or truncated")
-        if _sha256(path) != checksum:
+        if sha256_of(path) != checksum:
             raise ValueError(f"checkpoint {directory}: {name} has changed since it was written")
     extra = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - {*files, MANIFEST}
     if extra:
@@ -300,16 +298,3 @@ def _read(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read as tensors: {' '.join(str(error).split())}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
