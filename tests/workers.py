@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,16 @@ def start(command: list[str], world_size: int) -> list[subprocess.Popen]:
 
 
 def wait(processes: list[subprocess.Popen], timeout: float = 280) -> str:
-    """All output; fails unless every process ended well."""
-    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    """All output; fails unless every process ended well.
+
+    Read at once: a rank whose pipe is full waits, and the others for it.
+    """
+    try:
+        with ThreadPoolExecutor(len(processes)) as pool:
+            outputs = list(pool.map(lambda process: process.communicate(timeout=timeout)[0], processes))
+    finally:
+        for process in processes:
+            process.kill()
     codes = [process.returncode for process in processes]
     assert not any(codes), f"exit codes {codes}\n" + "\n".join(output[-4000:] for output in outputs)
     return "\n".join(outputs)
