@@ -15,7 +15,8 @@ from dsdistill.config.sections import OptimizationSettings
 from dsdistill.corpus.files import read_json, write_text
 from dsdistill.locate import Source
 from dsdistill.models.loading import encoder_checksum, load_config, load_encoder
-from dsdistill.plan import describe_plan, make_plan
+from dsdistill.plan import make_plan
+from dsdistill.plan_page import describe_plan
 from dsdistill.pretrain import run as distil
 from dsdistill.training.dist import Place, find_place, wait_for_all
 from dsdistill.training.engine import processes

@@ -1,24 +1,23 @@
-"""What a run will do, decided and checked before weights are read: what `--dry_run` prints."""
+"""What a run will do, decided before weights are read; refused with every problem if it cannot be done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from dsdistill.config.deepspeed import fill_auto
 from dsdistill.config.offload import check_machine
 from dsdistill.config.recipe import AnyRecipe, Pace, Recipe, TaskRecipe
 from dsdistill.config.sections import StudentSettings, Term
-from dsdistill.core import ModelShape, Problem
+from dsdistill.core import Problem
 from dsdistill.forecast import forecast_memory, trace_stage
 from dsdistill.locate import Source
 from dsdistill.memory import Memory
-from dsdistill.models.families import Wanted, added_to_scores, available, family_of, max_length, shape_of
+from dsdistill.models.families import Wanted, available, family_of, max_length, shape_of
 from dsdistill.models.loading import (
     Head,
     check_family,
@@ -31,8 +30,9 @@ from dsdistill.models.loading import (
 from dsdistill.models.student import check_recomputes, check_start, student_config
 from dsdistill.models.vocabulary import set_vocabulary
 from dsdistill.objectives.mapping import initial_layers
-from dsdistill.objectives.registry import find_objective
 from dsdistill.placing import choose_placement, placement_problems
+from dsdistill.plan_objectives import bias_notes, kernel_problems, logit_problems
+from dsdistill.plan_problems import Problems
 from dsdistill.plan_rows import row_problems, rows_of
 from dsdistill.plan_sentences import follow_pooling, packing_problem, scoring_problem
 from dsdistill.sentence_scores import pairs_file
@@ -40,10 +40,8 @@ from dsdistill.tasks.spec import TaskSpec, output_columns
 from dsdistill.tracing import Trace
 from dsdistill.training.dist import Place
 from dsdistill.training.distiller import BoundTerm, bind_terms, wanted_signals
-from dsdistill.training.engine import half_precision, zero_stage
+from dsdistill.training.engine import half_precision
 from dsdistill.training.placement import Kind, Placement
-
-Found = TypeVar("Found")
 
 
 class Ends(NamedTuple):
@@ -108,11 +106,6 @@ class Plan(Generic[AnyRecipe]):
     stages: tuple[StagePlan, ...]
     placement: Placement
     ends: Ends
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any objective reads signals of the teacher."""
-        return any(stage.teacher_wants for stage in self.stages)
 
     def trace(self, stage: StagePlan, *, on_gpu: bool) -> Trace:
         """What one micro-batch of a stage holds and computes."""
@@ -197,7 +190,7 @@ def make_task_plan(
     longest, length = max_length(models.teacher), recipe.data.max_length
     if longest is not None and length > longest:
         problems.found.append(f"data.max_length={length}, but {source.model} takes {longest} tokens; use fewer")
-    if recipe.data.augment is not None and not asks_teacher(recipe):
+    if recipe.data.augment is not None and not recipe.asks_teacher:
         problems.found.append("data.augment: the labels of new rows come from the teacher, but no objective asks one")
     stages = []
     for index, settings in enumerate(recipe.stages):
@@ -223,12 +216,6 @@ def make_task_plan(
     return finish_plan(recipe, models, stages, problems, ds_json, place, Ends("task", spec.problem, None))
 
 
-def asks_teacher(recipe: TaskRecipe) -> bool:
-    """Whether any objective reads signals of the teacher."""
-    terms = [term for stage in recipe.stages for term in stage.objectives]
-    return any(find_objective(term.objective).needs(term.params)[1] for term in terms)
-
-
 def teacher_outputs(source: Source, spec: TaskSpec) -> tuple[int, ...] | None:
     """Which output of a teacher stands for each label of the task; None if it has no head for tasks.
 
@@ -240,32 +227,6 @@ def teacher_outputs(source: Source, spec: TaskSpec) -> tuple[int, ...] | None:
         return None
     names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
     return output_columns(spec, names, f"model {source.model!r}")
-
-
-class Problems:
-    """Everything that was found wrong, told together."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def of(self, action: Callable[[], Found]) -> Found | None:
-        """What an action returns, or None after noting why it could not."""
-        try:
-            return action()
-        except ValueError as error:
-            self.found.append(str(error))
-        except StrictDataclassError as error:  # how transformers refuses a value in a config
-            self.found.append(f"student.overrides: {' '.join(str(error).split())}")
-        return None
-
-    def note(self, problem: str | None) -> None:
-        """One more, if there is one."""
-        if problem is not None:
-            self.found.append(problem)
-
-    def error(self) -> ValueError:
-        """All of them as one error."""
-        return ValueError("\n".join(dict.fromkeys(self.found)))
 
 
 class Models(NamedTuple):
@@ -354,37 +315,6 @@ def plan_stage(
     )
 
 
-Configs = tuple[PreTrainedConfig, PreTrainedConfig]
-"""Of student and teacher."""
-
-
-def kernel_problems(terms: Iterable[BoundTerm], configs: Configs) -> list[str]:
-    """Objectives for which the fused kernel is demanded, but which it cannot compute for these families."""
-    biased = [config for config in configs if added_to_scores(config) is not None]
-    return [
-        f"{term.label}: kernel: fused cannot be used, because {said_of_scores(biased[0])}; use kernel: auto"
-        for term in terms
-        if biased
-        and term.params.get("kernel") == "fused"
-        and any("bias" in signals for signals in term.objective.needs(term.params))
-    ]
-
-
-def bias_notes(student: Wanted, teacher: Wanted, configs: Configs) -> list[str]:
-    """Which attention scores have a bias and are therefore compared without the fused kernel."""
-    named = {
-        f"{said_of_scores(config)}: the objectives on them count it, and use the plain implementation"
-        for wants, config in zip((student, teacher), configs, strict=True)
-        if "bias" in wants
-    }
-    return sorted(named)
-
-
-def said_of_scores(config: PreTrainedConfig) -> str:
-    """What a family adds to its attention scores, as a sentence."""
-    return f"{family_of(config).title} adds {added_to_scores(config)} to its attention scores"
-
-
 def finish_plan(
     recipe: AnyRecipe,
     models: Models,
@@ -399,8 +329,7 @@ def finish_plan(
     Raises:
         ValueError: With every problem found.
     """
-    asked = any(stage is None or stage.teacher_wants for stage in stages)
-    problems.found += placement_problems(recipe.teacher, ds_json, place, needs_teacher=asked)
+    problems.found += placement_problems(recipe.teacher, ds_json, place, needs_teacher=recipe.asks_teacher)
     graphs = any(stage is not None and stage.engine_config.get("cuda_graphs") for stage in stages)
     if graphs and recipe.student.activation_checkpointing:
         problems.found.append(
@@ -418,7 +347,7 @@ def finish_plan(
         placement=Placement(),
         ends=ends,
     )
-    return replace(plan, placement=place_teacher(plan, place)) if plan.needs_teacher else plan
+    return replace(plan, placement=place_teacher(plan, place)) if recipe.asks_teacher else plan
 
 
 def place_teacher(plan: Plan[Any], place: Place) -> Placement:
@@ -440,77 +369,3 @@ def place_teacher(plan: Plan[Any], place: Place) -> Placement:
 
     fixed = any(config.get("torch_compile") for config in configs)
     return choose_placement(plan.recipe.teacher, place, forecast, size=size, fixed=fixed)
-
-
-def logit_problems(recipe: Recipe, source: Source, teacher: PreTrainedConfig, terms: Iterable[BoundTerm]) -> list[str]:
-    """What stands in the way of objectives that read logits, as far as configs tell."""
-    problems = []
-    if not has_masked_lm_architecture(teacher) and not recipe.student.frozen_encoder:
-        problems.append(missing_head(source))
-    reads_labels = any(term.objective.name == "mlm" for term in terms)
-    if recipe.masking.probability == 0 and (reads_labels or recipe.masking.targets == "masked"):
-        problems.append("masking.probability is 0, but an objective reads logits at masked positions; use 0.15")
-    return problems
-
-
-def describe_plan(plan: Plan[Any], place: Place) -> str:
-    """The plan as a page for people."""
-    teacher, student = shape_of(plan.teacher_config), shape_of(plan.student_config)
-    lines = [
-        f"run        {plan.recipe.name} -> {plan.recipe.output}",
-        f"teacher    {plan.source.model}: {teacher.num_layers} layers x {teacher.width}"
-        + ("" if plan.needs_teacher else ", no objective asks it"),
-        *(["code       comes with the teacher and is run (trust_remote_code)"] * plan.source.trust_remote_code),
-        f"student    {other_family(plan)}{student.num_layers} layers x {student.width}, starting from "
-        f"{describe_start(plan)}",
-    ]
-    for stage in plan.stages:
-        lines += describe_stage(stage, teacher, place)
-    notes = dict.fromkeys(note for stage in plan.stages for note in stage.notes)
-    return "\n".join([*lines, *(f"note       {note}" for note in notes)])
-
-
-def describe_stage(stage: StagePlan, teacher: ModelShape, place: Place) -> list[str]:
-    """What one stage trains, for people."""
-    optimization, config = stage.pace.optimization, stage.engine_config
-    deepest = (
-        teacher.num_layers
-        if "logits" in stage.teacher_wants
-        else max((layer for layers in stage.teacher_wants.values() for layer in layers), default=0)
-    )
-    return [
-        *([f"stage      {stage.name}"] if stage.name else []),
-        *(
-            f"objective  {term.label} (weight {term.weight}): student layers {list(term.pairs.student)} "
-            f"{'together ' if term.pairs.combine else ''}with teacher layers {list(term.pairs.teacher)}"
-            for term in stage.terms
-        ),
-        f"training   {optimization.steps} steps of {optimization.global_batch} rows on {place.world_size} "
-        f"process(es), {place.device.type}, ZeRO {zero_stage(config)}, "
-        f"{str(half_precision(config)).removeprefix('torch.')}, {deepest} layers of the teacher run",
-    ]
-
-
-def other_family(plan: Plan[Any]) -> str:
-    """The student's family, if it is not the teacher's."""
-    theirs, ours = plan.teacher_config.model_type, plan.student_config.model_type
-    return "" if ours == theirs else f"{ours}, "
-
-
-def describe_start(plan: Plan[Any]) -> str:
-    """What the student's weights are before training."""
-    settings = plan.recipe.student
-    if settings.init_from is not None:
-        return str(settings.init_from)
-    if plan.layers is None:
-        return "random weights"
-    return f"teacher layers {list(plan.layers)}" + (f", made narrower by {settings.resize}" if settings.resize else "")
-
-
-def missing_head(source: Source) -> str:
-    """Why a recipe with logits cannot run on this teacher, and what can."""
-    return (
-        f"{source.model} has no masked-LM head, but an objective reads logits (kd, mlm): add --fit_mlm_head, "
-        "which trains one on the frozen encoder first, use a teacher saved with its head, such as "
-        "google-bert/bert-base-uncased, or objectives on relations, attention or hidden states"
-    )

@@ -25,7 +25,9 @@ from dsdistill.models.loading import head_of, load_encoder, load_tokenizer, load
 from dsdistill.models.sentences import SentenceModules, read_sentence_modules, text_length
 from dsdistill.models.student import build_student
 from dsdistill.models.vocabulary import change_vocabulary
-from dsdistill.plan import Plan, describe_plan, make_plan, missing_head
+from dsdistill.plan import Plan, make_plan
+from dsdistill.plan_objectives import missing_head
+from dsdistill.plan_page import describe_plan
 from dsdistill.preflight import preflight
 from dsdistill.sentence_scores import EncoderSizes, in_training
 from dsdistill.summary import summarize

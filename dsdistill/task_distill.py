@@ -20,7 +20,9 @@ from dsdistill.models.export import rebuild, save_skeleton
 from dsdistill.models.families import shape_of
 from dsdistill.models.loading import load_tokenizer
 from dsdistill.models.student import build_student
-from dsdistill.plan import Plan, Problems, StagePlan, describe_plan, make_task_plan
+from dsdistill.plan import Plan, StagePlan, make_task_plan
+from dsdistill.plan_page import describe_plan
+from dsdistill.plan_problems import Problems
 from dsdistill.preflight import preflight
 from dsdistill.task_summary import finish_run, is_finished, stage_directory, summarize_task
 from dsdistill.task_teacher import (

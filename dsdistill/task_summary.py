@@ -227,7 +227,7 @@ def write_card(recipe: TaskRecipe, directory: Path) -> None:
 
 def teacher_scores(run: TaskRun) -> dict[str, dict[str, float]] | None:
     """The teacher's scores on the development rows: from its own run, or measured now; None if nothing asks it."""
-    if not run.plan.needs_teacher:
+    if not run.recipe.asks_teacher:
         return None
     told = finished_results(Path(run.source.model).parent)
     if told is not None and run.source.model != run.recipe.teacher.model:

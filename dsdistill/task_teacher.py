@@ -33,7 +33,7 @@ from dsdistill.models.loading import (
     word_embeddings,
 )
 from dsdistill.models.teacher import weights_checksum
-from dsdistill.plan import Plan, StagePlan, asks_teacher, teacher_outputs
+from dsdistill.plan import Plan, StagePlan, teacher_outputs
 from dsdistill.tasks.augment import MaskedLM, augment_rows
 from dsdistill.tasks.metrics import predict
 from dsdistill.tasks.rows import Rows, evaluation_batches
@@ -121,7 +121,7 @@ def teacher_recipe(recipe: TaskRecipe) -> TaskRecipe | None:
     Raises:
         ValueError: If the teacher cannot be read.
     """
-    if not asks_teacher(recipe):
+    if not recipe.asks_teacher:
         return None
     has_head, depth = _head_and_depth(recipe.teacher.source)
     if has_head:

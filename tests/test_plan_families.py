@@ -4,7 +4,8 @@ import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from dsdistill.config.recipe import check_recipe
-from dsdistill.plan import describe_plan, make_plan
+from dsdistill.plan import make_plan
+from dsdistill.plan_page import describe_plan
 from dsdistill.training.dist import find_place
 from tests.models.families_under_test import tiny_configs
 

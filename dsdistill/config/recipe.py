@@ -93,6 +93,11 @@ class Recipe(RunSettings):
         return self
 
     @property
+    def asks_teacher(self) -> bool:
+        """Whether an objective, or the scoring of sentences, reads signals of the teacher."""
+        return self.evaluation.sentences is not None or any(term.asks_teacher for term in self.objectives)
+
+    @property
     def pace(self) -> Pace:
         """What the loop follows."""
         return Pace(
@@ -126,6 +131,11 @@ class TaskRecipe(RunSettings):
                 raise ValueError(f"stages: {stage.name!r} appears twice; give each a name of its own")
             _check_labels(stage.objectives, f"stages.{stage.name}.objectives")
         return self
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether an objective of any stage reads signals of the teacher."""
+        return any(term.asks_teacher for stage in self.stages for term in stage.objectives)
 
     def pace(self, index: int, num_rows: int) -> Pace:
         """What the loop follows in a stage, for training data of `num_rows` rows.

@@ -11,6 +11,7 @@ from dsdistill.config.strict import Strict
 from dsdistill.corpus.settings import CorpusSettings
 from dsdistill.locate import Source
 from dsdistill.models.resize import Resize
+from dsdistill.objectives.registry import find_objective
 
 
 class TeacherSettings(Strict):
@@ -153,6 +154,11 @@ class Term(Strict):
     def label(self) -> str:
         """Name in logs."""
         return self.name or self.objective.rpartition(":")[2]
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the objective reads signals of the teacher."""
+        return bool(find_objective(self.objective).needs(self.params)[1])
 
     @property
     def params(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from dsdistill.config.recipe import check_recipe, read_recipe
 from dsdistill.corpus.store import Corpus
 from dsdistill.locate import Source
 from dsdistill.models.loading import load_config, load_encoder
-from dsdistill.plan import describe_plan, make_plan
+from dsdistill.plan import make_plan
+from dsdistill.plan_page import describe_plan
 from dsdistill.training.checkpoint import OPTIMIZER, STATE, seal, verify
 from dsdistill.training.dist import find_place
 from tests.faults.jobs import LONG, Job
