@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple
 
 from transformers import PreTrainedConfig
@@ -96,6 +95,7 @@ class Plan(Generic[AnyRecipe]):
         stages: What is trained, one after the other.
         placement: Where the teacher lives.
         ends: What both models end in, and what its labels are.
+        traces: What `trace` has found.
     """
 
     recipe: AnyRecipe
@@ -106,21 +106,32 @@ class Plan(Generic[AnyRecipe]):
     stages: tuple[StagePlan, ...]
     placement: Placement
     ends: Ends
+    traces: dict[tuple[Any, ...], Trace] = field(default_factory=dict, compare=False, repr=False)
 
-    def trace(self, stage: StagePlan, *, on_gpu: bool) -> Trace:
-        """What one micro-batch of a stage holds and computes."""
-        return trace_stage(
-            (self.student_config, self.teacher_config),
-            self.ends.head,
-            stage.terms,
-            (stage.student_wants, stage.teacher_wants),
-            stage.engine_config,
-            row_length=stage.row_length,
-            targets=self.ends.targets,
-            on_gpu=on_gpu,
-            activation_checkpointing=self.recipe.student.activation_checkpointing,
-            problem=self.ends.problem,
-        )
+    def trace(self, stage: StagePlan, *, on_gpu: bool, recomputing: bool = True) -> Trace:
+        """What one micro-batch of a stage holds and computes; it takes seconds the first time.
+
+        Args:
+            stage: One of the plan's.
+            on_gpu: Whether a GPU will run it.
+            recomputing: Whether layers are computed again in backward, if the recipe says so.
+        """
+        recomputing = recomputing and self.recipe.student.activation_checkpointing
+        key = (stage.name, on_gpu, recomputing)
+        if key not in self.traces:
+            self.traces[key] = trace_stage(
+                (self.student_config, self.teacher_config),
+                self.ends.head,
+                stage.terms,
+                (stage.student_wants, stage.teacher_wants),
+                stage.engine_config,
+                row_length=stage.row_length,
+                targets=self.ends.targets,
+                on_gpu=on_gpu,
+                activation_checkpointing=recomputing,
+                problem=self.ends.problem,
+            )
+        return self.traces[key]
 
 
 def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Recipe]:
@@ -355,7 +366,6 @@ def place_teacher(plan: Plan[Any], place: Place) -> Placement:
     stages = [stage for stage in plan.stages if stage.teacher_wants]
     configs = [stage.engine_config for stage in stages]
 
-    @cache
     def traces() -> list[Trace]:
         return [plan.trace(stage, on_gpu=True) for stage in stages]
 

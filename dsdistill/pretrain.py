@@ -39,6 +39,7 @@ from dsdistill.training.placement import Placed, ahead, at_once, lines
 from dsdistill.training.stage import capture_student, run_stage
 from dsdistill.training.teacher_ranks import TeacherLine, serve
 from dsdistill.training.watchdog import Watchdog
+from dsdistill.utilisation import tokens_at_peak
 
 
 def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "never"] | Path, dry_run: bool) -> None:
@@ -172,6 +173,7 @@ def distil_watched(
             held_out=lambda: held_out_batches(held_out, **data, **batching, rows=recipe.evaluation.rows),
             probe=next(iter(held_out_batches(held_out, **data, rows=2, micro_batch=2, rank=0, world_size=1))),
             num_examples=corpus.num_rows,
+            tokens_at_peak=tokens_at_peak(plan, stage, place),
             score=sentence_score(plan, held_out, tokenizer, at_once(teacher), place),
         ),
         place,

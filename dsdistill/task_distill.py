@@ -46,11 +46,12 @@ from dsdistill.training.checkpoint import STUDENT, checkpoint_name
 from dsdistill.training.dist import Place, find_place
 from dsdistill.training.engine import processes
 from dsdistill.training.loop import Stage, answers
-from dsdistill.training.placement import ahead, lines
+from dsdistill.training.placement import Placed, ahead, lines
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
 from dsdistill.training.stage import capture_student, run_stage
 from dsdistill.training.teacher_ranks import serve
 from dsdistill.training.watchdog import Watchdog
+from dsdistill.utilisation import tokens_at_peak
 
 
 def run(
@@ -236,6 +237,7 @@ def train_stage(
             held_out=lambda: evaluation_batches(held_out, **looking),
             probe=probe_of(run),
             num_examples=task.train.num_rows,
+            tokens_at_peak=tokens_at_peak(run.plan, stage, run.place, asks_teacher=isinstance(teacher, Placed)),
             score=(lambda engine: score(run, stage, engine)) if "logits" in stage.student_wants else None,
             notes=(f"stage {stage.name}",),
         ),

@@ -113,6 +113,7 @@ class Side:
         work_bytes: The most that its operations hold at a time, weights and their gradients left out; of a student
             with the objectives, of a teacher with the signals.
         flops: Of matrix products and attention, of a student forward and backward.
+        recomputed_flops: Those among them that flash attention's backward does a second time.
     """
 
     trained: int
@@ -123,6 +124,12 @@ class Side:
     largest: int
     work_bytes: int
     flops: int
+    recomputed_flops: int = 0
+
+    @property
+    def model_flops(self) -> int:
+        """Products that the mathematics needs."""
+        return self.flops - self.recomputed_flops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +216,10 @@ def trace_step(
         distiller(batch, features, 0).total.backward()
     projections = {name: _weights(head) for name, head in distiller.heads.items() if list(head.parameters())}
     return Trace(
-        student=_side(distiller, captured.model, live, flops.get_total_flops() + 7 * attention.flops // 2),
+        student=replace(
+            _side(distiller, captured.model, live, flops.get_total_flops() + 7 * attention.flops // 2),
+            recomputed_flops=attention.flops // 2,
+        ),
         teacher=told,
         signal_bytes=sum(tensor.nbytes for tensor in signals),
         projections=projections,

@@ -23,6 +23,7 @@ from dsdistill.training.ahead import Asked
 from dsdistill.training.dist import Place, Vote, gather_rows
 from dsdistill.training.distiller import BoundTerm
 from dsdistill.training.engine import backward, optimizer_of
+from dsdistill.training.gradient_norms import LayerNorms
 from dsdistill.training.graphs import GraphedTeacher
 from dsdistill.training.health import check_gradients, skips_in_a_row
 from dsdistill.training.schedule import learning_rate
@@ -54,6 +55,7 @@ class Stage:
         probe: A few held-out rows, to find which parameters the loss reaches.
         num_examples: Training rows.
         score: Numbers of a task from the student's answers, or None; every rank calls it.
+        tokens_at_peak: Tokens per second that the job's devices could compute at best, or why that is not known.
         notes: Lines for people, told at the start.
     """
 
@@ -74,6 +76,7 @@ class Stage:
     probe: Batch
     num_examples: int
     score: Callable[[DeepSpeedEngine], Mapping[str, float]] | None = None
+    tokens_at_peak: float | str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -114,6 +117,7 @@ def train(attempt: Attempt) -> None:
     saved = attempt.first_step
     if attempt.first_step == 0 and not vote.count():
         evaluate_now(attempt, 0)
+    layer_norms = LayerNorms(engine)
     ask = attempt.stage.teacher
     ahead = isinstance(ask, GraphedTeacher)
     batches = Asked(iter(attempt.stage.batches(attempt.first_step)), ask, attempt.place.device, ahead=ahead)
@@ -129,6 +133,8 @@ def train(attempt: Attempt) -> None:
         # a checkpoint is never written of a step whose losses nobody has looked at
         logs = saves or evaluates or done % pace.logging_every == 0
         skipped_before = engine.skipped_steps
+        if logs:
+            layer_norms.ask()
         read, norm = train_step(attempt, batches, step, vote, measure=logs)
         skipped = engine.skipped_steps > skipped_before
         # ZeRO skips steps in other types too; there no loss scale can be blamed, and one is too many
@@ -137,7 +143,7 @@ def train(attempt: Attempt) -> None:
         skips = skips_in_a_row(skips, overflowed, limit=pace.skipped_steps, step=done, loss_scale=scale)
         tokens += read
         if logs or (skipped and not overflowed):
-            scalars = engine_scalars(engine, pace, step) | {"optimization/grad_norm": norm}
+            scalars = engine_scalars(engine, pace, step) | {"optimization/grad_norm": norm} | layer_norms.read(norm)
             told = telemetry.training(done, tokens * attempt.place.world_size, done - logged, scalars)
             if not overflowed:
                 check_gradients(math.nan if skipped else norm, told, step=done)

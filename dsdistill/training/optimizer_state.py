@@ -65,12 +65,13 @@ def flats(engine: deepspeed.DeepSpeedEngine, *, writes: bool = False) -> Iterato
     """
     optimizer: Any = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
-    for number, (values, stretches) in enumerate(_layout(optimizer)):
+    for number, (values, stretches) in enumerate(layout(optimizer)):
         with _swapped_in(optimizer, number, writes=writes):
             yield Flat(values, _adam_state(inner, values), tuple(stretches))
 
 
-def _layout(optimizer: Any) -> Iterator[tuple[Tensor, list[Stretch]]]:
+def layout(optimizer: Any) -> Iterator[tuple[Tensor, list[Stretch]]]:
+    """The tensors that an engine's optimizer steps on this process, wherever they lie, and what each is made of."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for values, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
             yield values, [s for s in (_third_stage_stretch(optimizer, p) for p in group) if s.size > 0]

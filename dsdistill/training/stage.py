@@ -74,6 +74,8 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
         if isinstance(stage.teacher, ResidentTeacher | RemoteTeacher):  # signals from disk need no forward
             stage.teacher.compile_forward()
     notes = list(stage.notes)
+    if isinstance(stage.tokens_at_peak, str) and stage.tokens_at_peak:
+        notes.append(stage.tokens_at_peak)
     if stage.engine_config.get("cuda_graphs") and place.device.type == "cuda":
         stage = record_graphs(stage, distiller, notes)
     watchdog.at("start of the engine")
@@ -82,7 +84,8 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
     if stage.checkpoint is not None:
         load_optimizer(engine, modules, stage.checkpoint)
         first_step = run_directory.step_of(stage.checkpoint)
-    telemetry = Telemetry(stage.directory, place, first_step=first_step, last_step=last_step)
+    peak = stage.tokens_at_peak if isinstance(stage.tokens_at_peak, float) else None
+    telemetry = Telemetry(stage.directory, place, first_step=first_step, last_step=last_step, tokens_at_peak=peak)
     telemetry.text("recipe", stage.recipe.to_yaml())
     for note in notes:
         telemetry.note(note)

@@ -36,11 +36,13 @@ LAYOUT = {
     "a step": {
         "seconds by part": ["Multiline", [f"time/{part}_s" for part in PARTS]],
         "tokens per second": ["Multiline", ["throughput/tokens_per_s"]],
+        "model FLOPs utilisation": ["Multiline", ["throughput/mfu"]],
         "memory, GiB": ["Multiline", ["memory/.*"]],
     },
     "optimizer": {
         "learning rate": ["Multiline", ["optimization/learning_rate"]],
         "gradient norm": ["Multiline", ["optimization/grad_norm"]],
+        "gradient norm by layer": ["Multiline", ["grad_norm/.*"]],
         "loss scale, skipped steps": ["Multiline", ["optimization/loss_scale", "optimization/skipped_steps"]],
     },
 }
@@ -129,10 +131,14 @@ class Telemetry:
         place: This process.
         first_step: Steps done before; later entries of an earlier attempt are dropped.
         last_step: Steps of the whole run.
+        tokens_at_peak: Tokens per second that the job's devices could compute at best; None if that is not known.
     """
 
-    def __init__(self, directory: Path, place: Place, *, first_step: int, last_step: int):
+    def __init__(
+        self, directory: Path, place: Place, *, first_step: int, last_step: int, tokens_at_peak: float | None = None
+    ):
         self.place = place
+        self.tokens_at_peak = tokens_at_peak
         self.last_step = last_step
         self.writer: SummaryWriter | None = None
         self.unwritable: set[str] = set()
@@ -167,6 +173,8 @@ class Telemetry:
         scalars = {f"loss/{name}": value for name, value in losses.items()}
         scalars |= {f"time/{name}_s": value / steps for name, value in self.stopwatch.read().items()}
         scalars |= {"throughput/tokens_per_s": tokens / seconds, "time/step_time_s": seconds / steps, **extra}
+        if self.tokens_at_peak is not None:
+            scalars["throughput/mfu"] = scalars["throughput/tokens_per_s"] / self.tokens_at_peak
         scalars |= memory_scalars(self.place.device)
         self._write("train", step, scalars)
         if self.bar is not None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from dsdistill.training.checkpoint import HEADS, OPTIMIZER, STUDENT, load_optimi
 from dsdistill.training.dist import find_place, gather_rows
 from dsdistill.training.distiller import Distiller, freeze_unreached
 from dsdistill.training.engine import backward, parameter_groups, start_engine, start_processes
+from dsdistill.training.gradient_norms import LayerNorms
 from dsdistill.training.optimizer_state import full_weights
 from dsdistill.training.run_directory import CHECKPOINTS, state_of
 from dsdistill.training.schedule import learning_rate
@@ -75,11 +77,12 @@ def check_parity(content: dict) -> None:
     optimizer = torch.optim.AdamW(
         parameter_groups(distiller, 0.01), lr=0.0, betas=(0.9, 0.999), eps=recipe.optimization.eps
     )
-    reached = []
+    reached, norm, by_layer = [], 0.0, {}
     for step in range(4):
         batch = rows(step, 0, 8)
         distiller(batch, teacher(batch), step).total.backward()
         reached = [name for name, p in distiller.named_parameters() if p.grad is not None]
+        norm, by_layer = norms_by_name(distiller)
         torch.nn.utils.clip_grad_norm_(distiller.parameters(), recipe.optimization.gradient_clipping)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe.optimization)
@@ -94,7 +97,10 @@ def check_parity(content: dict) -> None:
             parameter.requires_grad_(name in reached)
         before = teacher.checksum()
         engine = start_engine(sharded, recipe.optimization, plan.stages[0].engine_config, place)
+        layer_norms = LayerNorms(engine)
         for step in range(4):
+            if step == 3:
+                layer_norms.ask()
             for micro in range(engine.gradient_accumulation_steps()):
                 first = micro * 2 * place.world_size + place.rank * 2
                 batch = rows(step, first, first + 2)
@@ -102,12 +108,30 @@ def check_parity(content: dict) -> None:
                     group["lr"] = learning_rate(step, recipe.optimization)
                 backward(engine, engine(batch, teacher(batch), step).total)
                 engine.step()
+        told = layer_norms.read(norm)
+        assert told.keys() == by_layer.keys(), (stage, told, by_layer)
+        for name, value in told.items():
+            assert abs(value - by_layer[name]) < 1e-4 * norm, f"stage {stage}: {name} {value}, not {by_layer[name]}"
+        assert layer_norms.read(norm) == {}, "a step that nobody asked about left something"
         (weights,) = full_weights(engine, sharded)
         assert teacher.checksum() == before
         assert not any(m.training for m in teacher.captured.modules())
         if place.is_first:
             for name, value in expected.items():
                 torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=2e-6, msg=f"stage {stage}: {name}")
+
+
+def norms_by_name(distiller: Distiller) -> tuple[float, dict[str, float]]:
+    """The gradient's norm, in all and by layer, told from the parameters' names."""
+    squares: dict[str, float] = {}
+    for name, parameter in distiller.named_parameters():
+        if parameter.grad is None:
+            continue
+        layer = re.search(r"\.layer\.(\d+)\.", name)
+        part = f"layer_{int(layer[1]) + 1}" if layer else "embeddings" if ".embeddings." in name else "projections"
+        square = float(parameter.grad.double().square().sum())
+        squares[f"grad_norm/{part}"] = squares.get(f"grad_norm/{part}", 0.0) + square
+    return sum(squares.values()) ** 0.5, {name: square**0.5 for name, square in squares.items()}
 
 
 class KilledError(Exception):
