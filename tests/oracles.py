@@ -291,3 +291,19 @@ def contrast(s, t, negatives, temperature, kind, examples):
 
             rows.append(-math.log(h(x)) - math.fsum(math.log(1 - h(y)) for y in xs))
     return mean(rows)
+
+
+def unbiased_hsic(k, other):
+    """Song et al. 2012, equation 4: U-statistics over distinct tokens."""
+    m = len(k)
+    pairs = [(i, j) for i in range(m) for j in range(m) if i != j]
+    first = math.fsum(k[i][j] * other[i][j] for i, j in pairs) / (m * (m - 1))
+    second = math.fsum(k[i][j] * other[q][r] for i, j in pairs for q, r in pairs if len({i, j, q, r}) == 4)
+    third = math.fsum(k[i][j] * other[i][q] for i, j in pairs for q in range(m) if q not in (i, j))
+    three = m * (m - 1) * (m - 2)
+    return first + second / (three * (m - 3)) - 2 * third / three
+
+
+def cka(s, t):
+    k, other = ([[dot(a, b) for b in x] for a in x] for x in (s, t))
+    return unbiased_hsic(k, other) / math.sqrt(unbiased_hsic(k, k) * unbiased_hsic(other, other))
