@@ -167,10 +167,18 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The sizes of a model that objectives and mappings depend on; width is that of the hidden states."""
+    """The sizes of a model that objectives and mappings depend on; width is that of the hidden states.
+
+    Keys and values have fewer heads than queries where several queries share them (grouped heads).
+    """
 
     num_layers: int
     width: int
     num_heads: int
+    num_key_heads: int
     head_width: int
     vocab_size: int
+
+    def width_of(self, signal: Signal) -> int:
+        """Width of a layer's queries, keys or values, all heads together."""
+        return (self.num_heads if signal == "query" else self.num_key_heads) * self.head_width

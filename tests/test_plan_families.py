@@ -1,4 +1,4 @@
-"""What a plan says of families that add something to their attention scores."""
+"""What a plan says of families that add something to their attention scores, or whose queries share keys."""
 
 import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -12,19 +12,22 @@ from tests.models.families_under_test import tiny_configs
 JSON = {"train_micro_batch_size_per_gpu": 2}
 
 
-@pytest.fixture(scope="module")
-def mpnet_directory(tmp_path_factory, teacher_directory):
-    directory = tmp_path_factory.mktemp("mpnet")
-    config = tiny_configs()["mpnet"]
+def save(family, tokenizer, directory):
+    config = tiny_configs()[family]
     config.vocab_size = 150
     AutoModelForMaskedLM.from_config(config).save_pretrained(directory)
-    AutoTokenizer.from_pretrained(teacher_directory).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def mpnet_directory(tmp_path_factory, teacher_directory):
+    return save("mpnet", teacher_directory, tmp_path_factory.mktemp("mpnet"))
 
 
 def plan_of(content, directory, **terms):
     content["teacher"]["model"] = str(directory)
-    content["objectives"] = [{"objective": "att_kl", **terms}]
+    content["objectives"] = [{"objective": "att_kl"} | terms]
     return make_plan(check_recipe(content, "test"), JSON, find_place())
 
 
@@ -46,3 +49,16 @@ def test_everything_that_such_a_family_cannot_do_is_told_at_once(recipe_content,
     with pytest.raises(ValueError, match="kernel: fused cannot be used, because MPNet adds") as told:
         plan_of(recipe_content, mpnet_directory, kernel="fused")
     assert "mpnet cannot recompute its layers" in str(told.value)
+
+
+def test_relation_heads_that_grouped_heads_do_not_allow_are_told_with_every_objective(
+    recipe_content, teacher_directory, tmp_path
+):
+    """Heads of queries divide, those of the fewer keys and values do not."""
+    directory = save("eurobert", teacher_directory, tmp_path)
+    with pytest.raises(ValueError, match="relation_heads=32 does not divide width 16 of the student's key"):
+        plan_of(recipe_content, directory, objective="minilmv2", relation_heads=32)
+    with pytest.raises(ValueError, match="student's query and key cannot be related: several of its queries share"):
+        plan_of(recipe_content, directory, objective="minilmv2", relation_heads=16, relations=[["query", "key"]])
+    plan = plan_of(recipe_content, directory, objective="minilmv2", relation_heads=16)
+    assert set(plan.stages[0].teacher_wants) == {"query", "key", "value"}

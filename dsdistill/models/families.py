@@ -164,12 +164,18 @@ def available(config: PreTrainedConfig, wanted: Wanted) -> dict[Signal, tuple[in
     }
 
 
+def shares_keys(config: PreTrainedConfig) -> bool:
+    """Whether such a model can let several queries share a key and a value (grouped heads)."""
+    return hasattr(config, "num_key_value_heads")
+
+
 def shape_of(config: PreTrainedConfig) -> ModelShape:
     """Sizes of a model, from its config."""
     return ModelShape(
         num_layers=config.num_hidden_layers,
         width=config.hidden_size,
         num_heads=config.num_attention_heads,
+        num_key_heads=(shares_keys(config) and config.num_key_value_heads) or config.num_attention_heads,
         head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
     )

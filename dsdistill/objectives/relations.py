@@ -57,13 +57,14 @@ def relation_kl(
         Scalar in nats, mean over real positions and relation heads; 0 if there are none.
 
     Raises:
-        ValueError: If `relation_heads` does not divide a width, only one second factor is given, or
-            `kernel: fused` cannot be used.
+        ValueError: If `relation_heads` does not divide a width, only one second factor is given, the factors differ in
+            width, or `kernel: fused` cannot be used.
     """
     if (student_other is None) != (teacher_other is None):
         raise ValueError("relation_kl got the second factor of one model only; give student_other and teacher_other")
-    check_divides(relation_heads, student.shape[1] * student.shape[3])
-    check_divides(relation_heads, teacher.shape[1] * teacher.shape[3])
+    for tensor in (student, teacher, student_other, teacher_other):
+        if tensor is not None:
+            check_divides(relation_heads, tensor.shape[1] * tensor.shape[3])
     real = counted(mask, reduction)
     ours = _regroup_both(student, student_other, relation_heads)
     theirs = _regroup_both(teacher, teacher_other, relation_heads)
@@ -76,7 +77,11 @@ def relation_kl(
 def _regroup_both(left: Tensor, right: Tensor | None, relation_heads: int) -> tuple[Tensor, Tensor]:
     """Both factors, regrouped; one object twice where a tensor relates to itself, as the fused kernel likes to know."""
     regrouped = _regroup(left, relation_heads)
-    return regrouped, regrouped if right is None or right is left else _regroup(right, relation_heads)
+    other = regrouped if right is None or right is left else _regroup(right, relation_heads)
+    if other.shape[-1] != regrouped.shape[-1]:
+        widths = tuple(relation_heads * factor.shape[-1] for factor in (regrouped, other))
+        raise ValueError(f"relation_kl got factors of widths {widths}, which have no products; relate equal widths")
+    return regrouped, other
 
 
 def _regroup(tensor_BHLD: Tensor, relation_heads: int) -> Tensor:
@@ -88,29 +93,55 @@ def _regroup(tensor_BHLD: Tensor, relation_heads: int) -> Tensor:
     return merged_BLE.view(B, L, relation_heads, -1).transpose(1, 2)
 
 
-def check_divides(relation_heads: int, width: int) -> None:
+def check_divides(relation_heads: int, width: int, of: str = "") -> None:
     """Refuse a number of relation heads that does not divide the width.
 
     Raises:
-        ValueError: Names both.
+        ValueError: Names both, and whose width it is if `of` says.
     """
     if relation_heads < 1 or width % relation_heads:
-        raise ValueError(f"relation_heads={relation_heads} does not divide width {width}; use a divisor of both widths")
+        raise ValueError(
+            f"relation_heads={relation_heads} does not divide width {width}{of}; use a divisor of both models' widths"
+        )
 
 
 def relation_heads_fit(
-    student: ModelShape, teacher: ModelShape, pairs: LayerPairs, *, relation_heads: int | None = None, **_: object
+    student: ModelShape,
+    teacher: ModelShape,
+    pairs: LayerPairs,
+    *,
+    relation_heads: int | None = None,
+    relations: Relations = (("value", "value"),),
+    **_: object,
 ) -> None:
-    """Refuse, before anything runs, relation heads (by default the teacher's heads) that do not fit the widths.
+    """Refuse, before anything runs, relation heads (by default the teacher's value heads) that do not fit the widths.
 
     Raises:
-        ValueError: If they do not divide the width of a model's queries, or a pair has no attention.
+        ValueError: If they do not divide the width of a factor, the factors of a relation differ in width (grouped
+            heads), or a pair has no attention.
     """
     check_attention_layers(pairs)
-    for shape in (student, teacher):
-        check_divides(
-            teacher.num_heads if relation_heads is None else relation_heads, shape.num_heads * shape.head_width
-        )
+    heads = teacher.num_key_heads if relation_heads is None else relation_heads
+    for whose, shape in (("student", student), ("teacher", teacher)):
+        for left, right in relations:
+            if shape.width_of(left) != shape.width_of(right):
+                raise ValueError(
+                    f"the {whose}'s {left} and {right} cannot be related: several of its queries share a key and a "
+                    f"value, so that {left} has width {shape.width_of(left)} and {right} {shape.width_of(right)}; use "
+                    "relations of query with query, key with key, value with value"
+                )
+            for signal in (left, right):
+                check_divides(heads, shape.width_of(signal), f" of the {whose}'s {signal}")
+
+
+def maps_and_values_fit(student: ModelShape, teacher: ModelShape, pairs: LayerPairs, **_: object) -> None:
+    """Refuse, before anything runs, models whose attention maps or value relations cannot be compared.
+
+    Raises:
+        ValueError: As `equal_heads` and `relation_heads_fit`.
+    """
+    equal_heads(student, teacher, pairs)
+    relation_heads_fit(student, teacher, pairs)
 
 
 @objective(
@@ -151,7 +182,7 @@ def val_kl(
     "minilm",
     student={"query", "key", "value", "bias"},
     teacher={"query", "key", "value", "bias"},
-    head=equal_heads,
+    head=maps_and_values_fit,
     equation="att_kl + val_kl",
     paper="MiniLM, arXiv:2002.10957, sec. 3.2; study arXiv:2305.15032, Att-KL + Val-KL",
 )

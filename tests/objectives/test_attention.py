@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dsdistill.objectives import attention, attention_kl, attention_mse, chunks, find_objective, relation_kl
 from dsdistill.objectives.numerics import inner_products
+from dsdistill.objectives.relations import SELF_RELATIONS
 from tests import oracles
 from tests.objectives.worlds import OTHER_HEADS, PAIRS, STUDENT, TEACHER, make_world, shape, terms
 
@@ -225,6 +226,48 @@ def test_head_counts_of_shapes_are_checked_by_width():
     find_objective("val_kl").make_head(OTHER_HEADS, TEACHER, PAIRS, {})
     with pytest.raises(ValueError, match="does not divide"):
         find_objective("val_kl").make_head(shape(1, 3, 3), TEACHER, PAIRS, {})
+
+
+GROUPED = shape(4, 2, 8, num_key_heads=2)
+"""Four heads of queries, two of keys and values: widths 8 and 4."""
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "shapes", "problem"),
+    [
+        ("minilmv2", {"relation_heads": 8}, (STUDENT, GROUPED), "relation_heads=8 does not divide width 6 of the stud"),
+        ("minilmv2", {"relation_heads": 8}, (GROUPED, GROUPED), "=8 does not divide width 4 of the student's key"),
+        ("minilmv2", {"relation_heads": 8}, (TEACHER, GROUPED), "=8 does not divide width 4 of the teacher's key"),
+        ("minilmv2", {"relation_heads": 4, "relations": (("query", "key"),)}, (TEACHER, GROUPED), "query has width 8"),
+        ("val_kl", {}, (GROUPED, shape(8, 1, 8)), "=8 does not divide width 4 of the student's value"),
+        (
+            "minilm",
+            {},
+            (GROUPED, shape(4, 3, 12, num_key_heads=3)),
+            "=3 does not divide width 4 of the student's value",
+        ),
+    ],
+)
+def test_relations_that_grouped_heads_do_not_allow_are_refused_before_anything_runs(name, params, shapes, problem):
+    with pytest.raises(ValueError, match=problem):
+        find_objective(name).make_head(*shapes, PAIRS, params)
+
+
+def test_relations_of_grouped_heads_that_fit_are_not_refused():
+    for relations in (SELF_RELATIONS, (("key", "value"),)):
+        params = {"relation_heads": 4, "relations": relations}
+        find_objective("minilmv2").make_head(GROUPED, TEACHER, PAIRS, params)
+    find_objective("minilmv2").make_head(
+        GROUPED, TEACHER, PAIRS, {"relation_heads": 8, "relations": SELF_RELATIONS[:1]}
+    )
+    find_objective("val_kl").make_head(shape(2, 3, 6), GROUPED, PAIRS, {})
+
+
+def test_factors_of_a_relation_are_equally_wide():
+    wide, narrow = (random(1, heads, 3, 2, seed=0) for heads in (4, 2))
+    others = {"student_other": narrow, "teacher_other": narrow}
+    with pytest.raises(ValueError, match=r"factors of widths \(8, 4\)"):
+        relation_kl(wide, wide, MASK[:1, :3], relation_heads=2, **others)
 
 
 @pytest.mark.parametrize("function", [attention_kl, attention_mse])

@@ -19,8 +19,11 @@ EXAMPLES = 32
 """Rows of the made-up data set."""
 
 
-def shape(num_heads: int, head_width: int, width: int, num_layers: int = 3) -> ModelShape:
-    return ModelShape(num_layers=num_layers, width=width, num_heads=num_heads, head_width=head_width, vocab_size=VOCAB)
+def shape(
+    num_heads: int, head_width: int, width: int, num_layers: int = 3, num_key_heads: int | None = None
+) -> ModelShape:
+    heads = {"num_heads": num_heads, "num_key_heads": num_key_heads or num_heads, "head_width": head_width}
+    return ModelShape(num_layers=num_layers, width=width, vocab_size=VOCAB, **heads)
 
 
 STUDENT, TEACHER = shape(2, 3, 6), shape(2, 4, 8)

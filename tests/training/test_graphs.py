@@ -22,7 +22,7 @@ from dsdistill.training.graphs import (
 )
 from dsdistill.training.stage import record_graphs
 
-SHAPE = ModelShape(num_layers=2, width=8, num_heads=2, head_width=4, vocab_size=9)
+SHAPE = ModelShape(num_layers=2, width=8, num_heads=2, num_key_heads=2, head_width=4, vocab_size=9)
 
 
 def distiller(*terms: BoundTerm) -> Distiller:
