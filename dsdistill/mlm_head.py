@@ -5,6 +5,7 @@ The fit is an ordinary run (engine, loop, checkpoints) whose student is the whol
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -18,9 +19,12 @@ from dsdistill.models.loading import encoder_checksum, load_config, load_encoder
 from dsdistill.plan import make_plan
 from dsdistill.plan_page import describe_plan
 from dsdistill.pretrain import run as distil
+from dsdistill.training import signals
 from dsdistill.training.dist import Place, find_place, wait_for_all
 from dsdistill.training.engine import processes
+from dsdistill.training.one_job import one_job
 from dsdistill.training.run_directory import EXPORT
+from dsdistill.training.watchdog import Watchdog
 
 BINDING = "mlm_head.json"
 """Beside the fitted model: the checksum of the encoder that the head was trained on."""
@@ -39,12 +43,22 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
         ValueError: As `dsdistill.pretrain.run`, and if the fitted head belongs to another encoder.
     """
     place, fit = find_place(), head_recipe(recipe)
-    if dry_run and not (fit.output / EXPORT / BINDING).is_file():
-        print(describe_plan(make_plan(fit, ds_json, place), place), flush=True)
-        return
-    with processes(place, recipe.faults.hang_timeout_s):
-        fitted = fitted_model(recipe, fit, ds_json, place)
-        teacher = recipe.teacher.model_copy(update={"model": str(fitted), "revision": None})
+    directory = fit.output / EXPORT
+    if not (directory / BINDING).is_file():
+        if dry_run:
+            print(describe_plan(make_plan(fit, ds_json, place), place), flush=True)
+            return
+        if recipe.teacher.ranks is not None:
+            raise ValueError(
+                "--fit_mlm_head trains on all processes, but teacher.placement=ranks keeps some apart: fit the head in "
+                "a run with another placement; it is kept, and this command then finds it"
+            )
+    with contextlib.nullcontext() if recipe.teacher.ranks else processes(place, recipe.faults.hang_timeout_s):
+        ours = encoder_checksum(load_encoder(recipe.teacher.source))
+        if recipe.teacher.ranks is None:
+            fit_head(fit, ds_json, place, ours)
+        check_binding(directory, ours, recipe)
+        teacher = recipe.teacher.model_copy(update={"model": str(directory), "revision": None})
         distil(recipe.model_copy(update={"teacher": teacher}), ds_json, resume=resume, dry_run=dry_run)
 
 
@@ -76,25 +90,34 @@ def head_recipe(recipe: Recipe) -> Recipe:
     return check_recipe(content, "the recipe of the masked-LM head")
 
 
-def fitted_model(recipe: Recipe, fit: Recipe, ds_json: dict[str, Any], place: Place) -> Path:
-    """The directory of the teacher with its fitted head; every process calls this.
+def fit_head(fit: Recipe, ds_json: dict[str, Any], place: Place, encoder_sha256: str) -> None:
+    """Fit the head unless that is done; every process calls this. Jobs that want the same head wait for each other.
 
     Raises:
-        ValueError: If what lies there has another encoder than the teacher.
+        StoppedError: If a signal asked to stop, also while another job was waited for.
     """
-    directory = fit.output / EXPORT
-    ours = encoder_checksum(load_encoder(recipe.teacher.source))
-    if not (directory / BINDING).is_file():
+    binding = fit.output / EXPORT / BINDING
+    with contextlib.ExitStack() as held:
+        with signals.deferred(), Watchdog(place, fit.faults.hang_timeout_s) as watchdog:
+            held.enter_context(one_job(fit.output, place, watchdog))
+        if binding.is_file():
+            return
         distil(fit, ds_json, resume="auto", dry_run=False)
         if place.is_first:
-            write_text(
-                directory / BINDING, json.dumps({"encoder_sha256": ours, "teacher": recipe.teacher.model}) + "\n"
-            )
+            content = {"encoder_sha256": encoder_sha256, "teacher": fit.teacher.model}
+            write_text(binding, json.dumps(content) + "\n")
         wait_for_all(place)
+
+
+def check_binding(directory: Path, encoder_sha256: str, recipe: Recipe) -> None:
+    """Refuse a fitted model whose encoder is not the teacher's.
+
+    Raises:
+        ValueError: Says where it lies.
+    """
     found = encoder_checksum(load_encoder(Source(model=str(directory))))
-    if not ours == found == read_json(directory / BINDING).get("encoder_sha256"):
+    if not encoder_sha256 == found == read_json(directory / BINDING).get("encoder_sha256"):
         raise ValueError(
             f"the masked-LM head in {directory} was fitted to another encoder than {recipe.teacher.model}: delete "
-            f"{fit.output}, or set teacher.mlm_head.directory to another place"
+            f"{directory.parent}, or set teacher.mlm_head.directory to another place"
         )
-    return directory

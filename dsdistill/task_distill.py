@@ -33,7 +33,6 @@ from dsdistill.task_teacher import (
     label_by_teacher,
     labels_of,
     load_task_teacher,
-    one_job,
     prepare_signals,
     teacher_recipe,
     teachers_of,
@@ -46,6 +45,7 @@ from dsdistill.training.checkpoint import STUDENT, checkpoint_name
 from dsdistill.training.dist import Place, find_place
 from dsdistill.training.engine import processes
 from dsdistill.training.loop import Stage, answers
+from dsdistill.training.one_job import one_job
 from dsdistill.training.placement import Placed, ahead, lines
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
 from dsdistill.training.stage import capture_student, run_stage

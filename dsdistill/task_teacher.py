@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -43,6 +39,7 @@ from dsdistill.tasks.vectors import model_vectors, read_vectors
 from dsdistill.training.dist import Place, Vote, wait_for_all
 from dsdistill.training.engine import half_precision
 from dsdistill.training.loop import Teacher
+from dsdistill.training.one_job import one_job
 from dsdistill.training.placement import Placed, at_once
 from dsdistill.training.signal_cache import SignalCache
 from dsdistill.training.signals import StoppedError, received
@@ -158,39 +155,6 @@ def _head_and_depth(source: Source) -> tuple[bool, int]:
 def _short_name(model: str) -> str:
     """The last part of a model's name or path."""
     return model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-
-
-@contextlib.contextmanager
-def one_job(directory: Path, place: Place, watchdog: Watchdog) -> Iterator[None]:
-    """Let one job at a time work in a directory that several share; the others wait for as long as it takes.
-
-    The kernel gives the lock of a killed job back. Every process must enter.
-
-    Raises:
-        StoppedError: If a signal asked to stop before the other job was done.
-    """
-    lock = FileLock(directory.with_name(f"{directory.name}.lock"))
-    doing = f"waiting for another job that works in {directory}"
-
-    def acquire() -> None:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        told = False
-        while True:
-            watchdog.at(doing)
-            with contextlib.suppress(Timeout):
-                lock.acquire(timeout=0.5)
-                return
-            if watchdog.stop_wished():
-                raise StoppedError(f"stopped while {doing}")
-            if not told:
-                print(doing, file=sys.stderr, flush=True)
-            told = True
-
-    watchdog.first_alone(doing, acquire)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Signals(NamedTuple):

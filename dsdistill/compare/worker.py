@@ -16,10 +16,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from dsdistill.compare.kinds import Kind, find_object, is_done
 from dsdistill.training import signals
+from dsdistill.training.one_job import lock_of
 
 BEAT_S = 2.0
 """A worker that says nothing for many times this long is stopped or stuck."""
@@ -71,15 +70,6 @@ def work(order: dict[str, Any], tell: Any) -> None:
         find_object(kind.run)(recipe, order["ds_json"], resume="auto", dry_run=False)
         if not is_done(kind, recipe.output):
             raise RuntimeError(f"the run ended without {kind.last_file} in {recipe.output}")
-
-
-def lock_of(directory: Path) -> FileLock:
-    """Held by who works in a run directory; given back by the kernel when the process is gone.
-
-    Teachers have the same lock when they are made by a run that needs them.
-    """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(directory.with_name(f"{directory.name}.lock"), poll_interval=0.2)
 
 
 def sentence(error: BaseException) -> str:

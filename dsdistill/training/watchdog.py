@@ -8,6 +8,7 @@ waits for (a collective on a GPU, a loader worker, a disk), and also while it ho
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,6 +32,9 @@ POLL_S = 0.1
 """How often a rank asks whether rank 0 has done what it does alone."""
 
 _STOP = "dsdistill/stop"
+_times_alone = itertools.count()
+"""Counted as long as the process lives: watchdogs that follow one another share the store."""
+
 _SHARED = (OSError, ValueError, signals.StoppedError)
 
 
@@ -53,7 +57,6 @@ class Watchdog(contextlib.AbstractContextManager):
         self.doing, self.moves, self.beats = "starting", 0, 0
         self.ended = threading.Event()
         self.store: Any = None
-        self.times_alone = 0
 
     def __enter__(self) -> Watchdog:
         if self.place.num_processes > 1:
@@ -91,8 +94,7 @@ class Watchdog(contextlib.AbstractContextManager):
         """
         self.at(doing)
         wait_for_all(self.place)
-        self.times_alone += 1
-        key, problem = f"dsdistill/alone/{self.times_alone}", None
+        key, problem = f"dsdistill/alone/{next(_times_alone)}", None
         if self.place.is_first:
             try:
                 work()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Job:
 
     With `warm` the processes are forked from one that has imported everything, which saves most of a short job's time;
     their command line is then not their own. `stage` is what follows zero in the name of a shipped JSON, or the path of
-    another.
+    another; `flags` are more arguments of the command.
     """
 
     def __init__(
@@ -63,10 +63,12 @@ class Job:
         world_size: int = 1,
         stage: int | str = 2,
         warm: Warm | None = None,
+        flags: Sequence[str] = (),
     ):
         config = stage if str(stage).endswith(".json") else ROOT / "ds_configs" / f"zero{stage}.json"
         command = [str(script), "--ds_config", str(config)]
         command += ["--recipe", str(recipe), *(part for setting in settings for part in ("--set", setting))]
+        command += flags
         port = free_port()
         self.logs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (read until the end)
         self.processes = [

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 
 import pytest
@@ -11,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from dsdistill.training.telemetry import read_metrics
+from tests.faults.jobs import Job, assert_same_weights
 from tests.workers import ROOT
 
 
 @pytest.fixture
-def job(monkeypatch, tmp_path, recipe_content, teacher_directory):
-    """The command on a headless teacher whose logits are wanted: its exit code."""
+def headless_recipe(tmp_path, recipe_content, teacher_directory):
+    """A headless teacher whose logits are wanted."""
     headless = tmp_path / "headless"
     AutoModel.from_pretrained(teacher_directory).save_pretrained(headless)
     AutoTokenizer.from_pretrained(teacher_directory).save_pretrained(headless)
@@ -30,13 +32,19 @@ def job(monkeypatch, tmp_path, recipe_content, teacher_directory):
     recipe_content["teacher"] = {"model": str(headless), "mlm_head": fit}
     recipe_content["objectives"] = [{"objective": "kd"}]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_content))
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.fixture
+def job(monkeypatch, tmp_path, headless_recipe):
+    """The command: its exit code."""
     (tmp_path / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 8}))
     spec = importlib.util.spec_from_file_location("pretrain_distill", ROOT / "launch" / "pretrain_distill.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
     def call(*more: str) -> int:
-        given = ["--ds_config", str(tmp_path / "ds.json"), "--recipe", str(tmp_path / "recipe.yaml")]
+        given = ["--ds_config", str(tmp_path / "ds.json"), "--recipe", str(headless_recipe)]
         monkeypatch.setattr(sys, "argv", ["pretrain_distill", *given, *more])
         return module.main()
 
@@ -69,3 +77,37 @@ def test_a_head_is_fitted_on_the_frozen_encoder_kept_and_bound_to_it(job, tmp_pa
     assert job("--fit_mlm_head", "--set", f"output={tmp_path / 'third'}") == 2
     assert "was fitted to another encoder" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_jobs_that_want_the_same_head_wait_for_each_other_but_not_for_the_dead(headless_recipe, tmp_path, warm):
+    """The second goes on with the head of the killed first, which then finds it done; two processes each."""
+
+    def start(name: str, *more: str) -> Job:
+        settings = (f"output={tmp_path / name}", "teacher.mlm_head.steps=60", "logging.every_steps=1", *more)
+        return Job(headless_recipe, *settings, world_size=2, warm=warm, flags=("--fit_mlm_head",))
+
+    first = start("first")
+    first.wait_until(lambda: "step 20/60  loss" in first.output(0))
+    for process in first.processes:
+        process.send_signal(signal.SIGSTOP)  # holds the lock
+    second = start("second")
+    second.wait_until(lambda: "waiting for another job" in second.output(0))
+    assert "/60  loss" not in second.output(0)
+    first.kill()
+    second.wait_until(lambda: "resumed at step 15" in second.output(0))
+    third = start("first")
+    third.wait_until(lambda: "waiting for another job" in third.output(0))
+    assert second.codes() == [0, 0], second.tails()
+    assert third.codes() == [0, 0], third.tails()
+    assert "/60  loss" not in third.output(0)
+    assert_same_weights(tmp_path / "first", tmp_path / "second", 6)
+    apart = start("apart", "teacher.placement=ranks", "teacher.ranks=1")  # the head is there
+    assert apart.codes() == [0, 0], apart.tails()
+    assert (tmp_path / "apart" / "model" / "config.json").is_file()
+
+
+def test_a_head_is_not_fitted_while_processes_are_kept_apart(job, capsys):
+    assert job("--fit_mlm_head", "--set", "teacher.placement=ranks", "--set", "teacher.ranks=1") == 2
+    assert "teacher.placement=ranks keeps some apart" in capsys.readouterr().err
