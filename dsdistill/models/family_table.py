@@ -1,8 +1,12 @@
-"""The table of families as Markdown, for the README and for people."""
+"""The table of families as Markdown, for the README and for people: what the code decides about each."""
 
 from __future__ import annotations
 
-from dsdistill.models.families import ANY, FAMILIES, Family
+import transformers
+
+from dsdistill.models.documents import isolation_problem
+from dsdistill.models.families import ANY, FAMILIES, Family, shares_keys
+from dsdistill.models.loading import heads_of
 
 MARKERS = ("<!-- families -->", "<!-- /families -->")
 """What stands before and after the table in a document, each on a line of its own."""
@@ -11,6 +15,7 @@ COLUMNS = (
     *("family", "capture", "attention objectives", "relations", "logits", "documents apart"),
     *("weights to other families", "tested with"),
 )
+GROUPED = "yes; queries with keys or values only where none share keys"
 
 
 def families_table() -> str:
@@ -21,13 +26,17 @@ def families_table() -> str:
 
 
 def _cells(family: Family) -> tuple[str, ...]:
+    model = getattr(transformers, family.tested, None)
+    if model is None:
+        return (family.title, *["not in the installed transformers"] * (len(COLUMNS) - 2), f"`{family.tested}`")
+    config = model.config_class()
     return (
         family.title,
         "attention written anew" if family.own_attention else "attention interface",
         "yes" if family.bias is None else f"yes, with {family.bias}; plain kernel",
-        "yes",
-        "with a masked-LM or task head",
-        "yes" if family.isolates else "no",
+        GROUPED if shares_keys(config) else "yes",
+        " and ".join(heads_of(config)) or "no head",
+        "yes" if isolation_problem(config) is None else "no",
         "no" if family.names is None else "yes",
         f"`{family.tested}`",
     )

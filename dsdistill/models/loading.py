@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -129,7 +129,7 @@ def load_with_new_head(source: Source, *, seed: int) -> PreTrainedModel:
         ValueError: If the family has no such head, weights of the encoder are missing, or their file is damaged.
     """
     config = load_config(source)
-    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    if "masked LM" not in heads_of(config):
         raise ValueError(f"{config.model_type} has no masked-LM head in transformers; use another teacher")
     arguments = {**source.arguments(), "attn_implementation": ATTENTION, "dtype": torch.float32}
     with _weights_of(source), torch.random.fork_rng(devices=[]):
@@ -206,7 +206,7 @@ def task_config(config: PreTrainedConfig, labels: Sequence[str], problem: Proble
     Raises:
         ValueError: If the family has no head for tasks.
     """
-    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+    if "task" not in heads_of(config):
         raise ValueError(f"{config.model_type} has no head for tasks in transformers; use another family")
     config = copy.deepcopy(config)
     config.id2label = dict(enumerate(labels or ("score",)))
@@ -261,10 +261,19 @@ def has_task_architecture(config: PreTrainedConfig) -> bool:
 def has_masked_lm_architecture(config: PreTrainedConfig) -> bool:
     """Whether the checkpoint was saved from a model with a masked-LM head."""
     saved_with = [name for name in config.architectures or () if "MaskedLM" in name or "PreTraining" in name]
-    return bool(saved_with) and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return bool(saved_with) and "masked LM" in heads_of(config)
 
 
 Head = Literal["masked LM", "task", "none"]
+
+
+def heads_of(config: PreTrainedConfig) -> tuple[Head, ...]:
+    """The heads with logits that transformers has for a family."""
+    names: dict[Head, Collection[str]] = {
+        "masked LM": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "task": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    return tuple(head for head, families in names.items() if config.model_type in families)
 
 
 def head_of(model: PreTrainedModel) -> Head:

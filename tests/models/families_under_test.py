@@ -35,6 +35,15 @@ SIZES = {
 }
 
 
+NO_SHAPES = {
+    "enable_pronunciation": False,
+    "enable_shape": False,
+    "pronunciation_vocab_size": 8,
+    "shape_vocab_size": 8,
+}
+"""What RoCBERT knows of Chinese characters beside their numbers, left out."""
+
+
 def tiny_configs() -> dict[str, PreTrainedConfig]:
     """A fresh config per family; models share a config object they are built from, so never reuse one."""
     return {
@@ -44,7 +53,7 @@ def tiny_configs() -> dict[str, PreTrainedConfig]:
         "eurobert": EuroBertConfig(**SIZES, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2),
         "nomic_bert": NomicBertConfig(**SIZES),
         "roberta": RobertaConfig(**SIZES),
-        WITHOUT_ENTRY: RoCBertConfig(**SIZES, enable_pronunciation=False, enable_shape=False),
+        WITHOUT_ENTRY: RoCBertConfig(**SIZES, **NO_SHAPES),
         "xlm-roberta": XLMRobertaConfig(**SIZES),
         "xlm-roberta-xl": XLMRobertaXLConfig(**SIZES),
         **({"gte": transformers.GteConfig(**SIZES)} if hasattr(transformers, "GteConfig") else {}),
