@@ -20,7 +20,6 @@ from dsdistill.models.families import Wanted, available, family_of, max_length, 
 from dsdistill.models.loading import (
     Head,
     check_family,
-    has_masked_lm_architecture,
     has_task_architecture,
     load_config,
     load_tokenizer,
@@ -28,6 +27,7 @@ from dsdistill.models.loading import (
 )
 from dsdistill.models.student import check_recomputes, check_start, student_config
 from dsdistill.models.vocabulary import set_vocabulary
+from dsdistill.models.weight_names import has_masked_lm_head
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.placing import choose_placement, placement_problems
 from dsdistill.plan_objectives import bias_notes, kernel_problems, logit_problems
@@ -146,8 +146,9 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
     source = recipe.teacher.source
     models = plan_models(source, problems.of(lambda: load_config(source)), recipe.student, problems)
     stage = plan_stage(recipe.objectives, recipe.pace, models, problems, ds_json, place, row_length=row_length)
-    if stage is not None and "logits" in stage.student_wants:
-        problems.found += logit_problems(recipe, source, models.teacher, stage.terms)
+    has_head = recipe.student.frozen_encoder or problems.of(lambda: has_masked_lm_head(source, models.teacher))
+    if stage is not None and "logits" in stage.student_wants and has_head is not None:
+        problems.found += logit_problems(recipe, source, has_head, stage.terms)
     if models.student is not None and recipe.student.tokenizer is not None:
         student = models.student
         problems.of(lambda: set_vocabulary(student, load_tokenizer(recipe.student.tokenizer_source(source))))
@@ -171,10 +172,9 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
         last = shape_of(models.teacher).num_layers
         wanted = {*stage.teacher_wants.get("hidden", ()), last}
         stage = replace(stage, teacher_wants={**stage.teacher_wants, "hidden": wanted})
-    head = "none" if models.teacher is None or not has_masked_lm_architecture(models.teacher) else "masked LM"
     masking = recipe.masking
     targets = row_length if masking.targets == "all" else round(masking.probability * row_length)
-    ends = Ends(head, "classification", targets)
+    ends = Ends("masked LM" if has_head else "none", "classification", targets)
     return finish_plan(recipe, models, [stage], problems, ds_json, place, ends)
 
 

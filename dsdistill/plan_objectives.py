@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 from dsdistill.config.recipe import Recipe
 from dsdistill.locate import Source
 from dsdistill.models.families import Wanted, added_to_scores, family_of
-from dsdistill.models.loading import has_masked_lm_architecture
 from dsdistill.training.distiller import BoundTerm
 
 Configs = tuple[PreTrainedConfig, PreTrainedConfig]
@@ -43,10 +42,17 @@ def said_of_scores(config: PreTrainedConfig) -> str:
     return f"{family_of(config).title} adds {added_to_scores(config)} to its attention scores"
 
 
-def logit_problems(recipe: Recipe, source: Source, teacher: PreTrainedConfig, terms: Iterable[BoundTerm]) -> list[str]:
-    """What stands in the way of objectives that read logits, as far as configs tell."""
+def logit_problems(recipe: Recipe, source: Source, has_head: bool, terms: Iterable[BoundTerm]) -> list[str]:
+    """What stands in the way of objectives that read logits.
+
+    Args:
+        recipe: What is learned.
+        source: The teacher.
+        has_head: Whether it has a masked-LM head, as far as it can be known, or one will be made.
+        terms: All summands of the loss.
+    """
     problems = []
-    if not has_masked_lm_architecture(teacher) and not recipe.student.frozen_encoder:
+    if not has_head:
         problems.append(missing_head(source))
     reads_labels = any(term.objective.name == "mlm" for term in terms)
     if recipe.masking.probability == 0 and (reads_labels or recipe.masking.targets == "masked"):

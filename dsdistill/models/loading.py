@@ -106,7 +106,7 @@ def load_encoder(source: Source, *, dtype: torch.dtype = torch.float32) -> PreTr
     """
     config = load_config(source)
     arguments = {**source.arguments(), "attn_implementation": ATTENTION, "dtype": dtype, "output_loading_info": True}
-    with _weights_of(source):
+    with reading_weights(source):
         return _load_with_head_or_without(source, config, arguments)
 
 
@@ -132,7 +132,7 @@ def load_with_new_head(source: Source, *, seed: int) -> PreTrainedModel:
     if "masked LM" not in heads_of(config):
         raise ValueError(f"{config.model_type} has no masked-LM head in transformers; use another teacher")
     arguments = {**source.arguments(), "attn_implementation": ATTENTION, "dtype": torch.float32}
-    with _weights_of(source), torch.random.fork_rng(devices=[]):
+    with reading_weights(source), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = AutoModelForMaskedLM.from_pretrained(**arguments, output_loading_info=True)
     _check_complete(source, info, within=f"{model.base_model_prefix}.")
@@ -170,7 +170,7 @@ def load_masked_lm(source: Source, *, device: torch.device) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _weights_of(source: Source) -> Iterator[None]:
+def reading_weights(source: Source) -> Iterator[None]:
     """Within, weights are read: what is wrong with their file becomes a sentence."""
     try:
         yield
@@ -235,7 +235,7 @@ def load_classifier(
         ValueError: If weights of the encoder are missing, or the file of weights holds more than tensors.
     """
     arguments = {**source.arguments(), "config": config, "attn_implementation": ATTENTION, "dtype": torch.float32}
-    with _weights_of(source), torch.random.fork_rng(devices=[]):
+    with reading_weights(source), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, info = AutoModelForSequenceClassification.from_pretrained(**arguments, output_loading_info=True)
     _check_complete(source, info, within="" if has_task_architecture(config) else f"{model.base_model_prefix}.")

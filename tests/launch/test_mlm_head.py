@@ -79,6 +79,18 @@ def test_a_head_is_fitted_on_the_frozen_encoder_kept_and_bound_to_it(job, tmp_pa
     assert not (tmp_path / "third").exists()
 
 
+def test_a_head_that_only_the_config_claims_is_told_by_the_dry_run(job, tmp_path, capsys):
+    """As of all-mpnet-base-v2, whose config is that of the model it was trained from."""
+    config = json.loads((tmp_path / "headless" / "config.json").read_text())
+    config["architectures"] = ["BertForMaskedLM"]
+    (tmp_path / "headless" / "config.json").write_text(json.dumps(config))
+    assert job("--dry_run") == 2
+    assert "has no masked-LM head, but an objective reads logits" in capsys.readouterr().err
+    assert job("--dry_run", "--fit_mlm_head") == 0
+    assert "mlm-head" in capsys.readouterr().out
+    assert job("--dry_run", "--set", "objectives=[{objective: hid_seq}]") == 0
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_jobs_that_want_the_same_head_wait_for_each_other_but_not_for_the_dead(headless_recipe, tmp_path, warm):

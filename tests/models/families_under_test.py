@@ -88,7 +88,7 @@ FAMILIES = sorted(tiny_configs())
 
 _CODE_OF_ITS_OWN = ("albert", "bert", "deberta-v2", "distilbert", "modernbert", "mpnet")
 
-FAMILIES_TO_COMPILE = [
+QUICK_FAMILIES = [
     family if family in _CODE_OF_ITS_OWN else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES
 ]
 """For tests that take seconds for each family: those whose code resembles another's are part of `make test-all`."""

@@ -6,7 +6,7 @@ from dsdistill.core import Batch
 from dsdistill.models.capture import ATTENTION, Captured
 from dsdistill.models.families import available, truncate
 from dsdistill.models.loading import check_family
-from tests.models.families_under_test import FAMILIES, FAMILIES_TO_COMPILE, tiny_configs
+from tests.models.families_under_test import FAMILIES, QUICK_FAMILIES, tiny_configs
 
 WANTED = {"query": [2, 3], "key": [2, 3], "bias": [2, 3], "value": [3], "hidden": [0, 1, 3, 4]}
 
@@ -158,7 +158,7 @@ EVERYTHING = {"query": [1, 2, 3, 4], "key": [1, 2, 3, 4], "value": [1, 2, 3, 4],
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("wanted", "end"), ENDS)
-@pytest.mark.parametrize("family", FAMILIES_TO_COMPILE)
+@pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_a_forward_that_stops_early_records_the_same(family, wanted, end, compiled):
     batch = make_batch(True)
     complete = Captured(build(family, ATTENTION), EVERYTHING)(batch)
@@ -185,7 +185,7 @@ def test_nothing_runs_that_nobody_wants():
     assert not any(name.startswith(("encoder.layer.3", "pooler")) for name in calls)
 
 
-@pytest.mark.parametrize("family", FAMILIES_TO_COMPILE)
+@pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_compiled_attention_gets_no_mask_where_nothing_is_hidden(family):
     """With one, SDPA cannot be flash attention."""
     captured = Captured(build(family, ATTENTION), {"hidden": [4]})

@@ -3,7 +3,7 @@ import torch
 
 from dsdistill.models.capture import ATTENTION, Captured
 from dsdistill.models.joined import join_projections
-from tests.models.families_under_test import FAMILIES_TO_COMPILE, WITHOUT_ENTRY
+from tests.models.families_under_test import QUICK_FAMILIES, WITHOUT_ENTRY
 from tests.models.test_capture import EVERYTHING, build, make_batch
 
 JOINED = {"albert": 1, "modernbert": 0, "deberta-v2": 0, WITHOUT_ENTRY: 0}
@@ -11,7 +11,7 @@ JOINED = {"albert": 1, "modernbert": 0, "deberta-v2": 0, WITHOUT_ENTRY: 0}
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("family", FAMILIES_TO_COMPILE)
+@pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_joined_projections_give_the_same_signals(family, compiled):
     batch = make_batch(True)
     expected = Captured(build(family, ATTENTION), EVERYTHING)(batch)
