@@ -92,6 +92,10 @@ class GridSettings(Strict):
 
     @model_validator(mode="after")
     def _names_known_axes(self) -> GridSettings:
+        """`exclude`, `before.only`, `teacher_row` and `best_over` name axes and labels of this grid.
+
+        `best_over` is neither task nor seed.
+        """
         for name, axis in self.axes.items():
             check_labels(name, axis)
         for combination in self.exclude:

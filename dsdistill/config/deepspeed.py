@@ -20,41 +20,40 @@ LEARNING_KEYS = {
 }
 """JSON keys whose home is the recipe: "auto" or absent here."""
 
-MACHINE_KEYS = frozenset(
-    {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "zero_optimization",
-        "fp16",
-        "bf16",
-        "activation_checkpointing",
-        "aio",
-        "comms_logger",
-        "communication_data_type",
-        "compile",
-        "cuda_graphs",
-        "data_types",
-        "disable_allgather",
-        "dump_state",
-        "flops_profiler",
-        "gradient_allreduce_op",
-        "gradient_predivide_factor",
-        "log_level",
-        "memory_breakdown",
-        "prescale_gradients",
-        "steps_per_print",
-        "timers",
-        "torch_autocast",
-        "torch_compile",
-        "wall_clock_breakdown",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-    }
-)
-"""Top-level keys of DeepSpeed that make sense here, and two of our own: `torch_compile` compiles both models' forwards,
-`cuda_graphs` records the teacher's forward and the student's forward and backward and replays them."""
+MACHINE_KEYS = {
+    "train_batch_size": 'rows per optimizer step over all processes; "auto" or absent, the recipe says it',
+    "train_micro_batch_size_per_gpu": 'rows per process and forward pass; "auto": as many as make about 32768 tokens '
+    "on a GPU and 4096 on a CPU, and divide a process's share of the global batch",
+    "gradient_accumulation_steps": 'forward passes per step; "auto" or absent: what the global batch leaves',
+    "gradient_clipping": '"auto" or absent, the recipe says it',
+    "zero_optimization": "what of the student is spread over the processes, and what leaves the GPU",
+    "fp16": "half precision with loss scaling; a CPU trains in float32 and says so",
+    "bf16": "half precision with float32's range; a CPU trains in float32 and says so",
+    "activation_checkpointing": "how recomputed activations are kept; student.activation_checkpointing switches it on",
+    "aio": "reading and writing of NVMe",
+    "comms_logger": "DeepSpeed's log of collectives",
+    "communication_data_type": "type in which gradients are reduced",
+    "compile": "DeepSpeed's own compiler; `torch_compile` is what compiles here",
+    "cuda_graphs": "ours. true: the teacher's forward and the student's forward and backward are recorded and replayed",
+    "data_types": "types of gradients that are added up, and of parameters",
+    "disable_allgather": "of ZeRO 0 with fp16",
+    "dump_state": "print the engine's state at its start",
+    "flops_profiler": "DeepSpeed's profile of one step",
+    "gradient_allreduce_op": "how gradients are reduced",
+    "gradient_predivide_factor": "with `prescale_gradients`: gradients are divided by it before they are reduced",
+    "log_level": "of DeepSpeed",
+    "memory_breakdown": "print memory at every step",
+    "prescale_gradients": "divide gradients before they are reduced, not after",
+    "steps_per_print": "steps between DeepSpeed's own lines; none unless given",
+    "timers": "DeepSpeed's timers; off unless given, since they wait for the device twice a step",
+    "torch_autocast": "torch's autocast in place of fp16 and bf16",
+    "torch_compile": "ours. true: the forwards of both models are compiled by torch; minutes at the first step",
+    "wall_clock_breakdown": "print DeepSpeed's times at every step",
+    "zero_allow_untested_optimizer": "let ZeRO take an optimizer that DeepSpeed does not know",
+    "zero_force_ds_cpu_optimizer": "with an offloaded optimizer: DeepSpeed's own, which is compiled first; off unless "
+    "given, torch's fused AdamW steps on the host",
+}
+"""Top-level keys of DeepSpeed that make sense here, and two of our own, with what they mean here."""
 
 ELSEWHERE = {
     "optimizer": "the recipe's section `optimization` makes the optimizer",
@@ -119,7 +118,7 @@ def _key_problems(content: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: unknown key{nearest(key, MACHINE_KEYS)}; DeepSpeed would ignore it silently"
         elif key in LEARNING_KEYS and value != "auto":
             yield f'{key}: {value!r} is set here and in the recipe ({LEARNING_KEYS[key]}); write "auto"'
-    for key, section in _section_models().items():
+    for key, section in section_models().items():
         if key in content:
             problems = list(_section_problems(key, content[key], section))
             yield from problems or _value_problems(key, content[key], section)
@@ -145,7 +144,7 @@ def _key_problems(content: Mapping[str, Any]) -> Iterator[str]:
         yield "fp16 and bf16 are both enabled; choose one"
 
 
-def _section_models() -> dict[str, Any]:
+def section_models() -> dict[str, Any]:
     """DeepSpeed's own pydantic models of the sections we use, which know all keys of this release."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig

@@ -31,6 +31,7 @@ from dsdistill.config.sections import (
     TextTeacherSettings,
 )
 from dsdistill.config.strict import Strict
+from dsdistill.objectives.parameters import PARAMETERS
 from dsdistill.objectives.registry import Objective, find_objective
 from dsdistill.tasks.settings import DataSettings
 
@@ -89,6 +90,7 @@ class Recipe(RunSettings):
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Recipe:
+        """Terms of the same objective have a `name` each."""
         _check_labels(self.objectives, "objectives")
         return self
 
@@ -125,6 +127,7 @@ class TaskRecipe(RunSettings):
 
     @model_validator(mode="after")
     def _names_differ(self) -> TaskRecipe:
+        """Stages have different names; terms of the same objective in a stage have a `name` each."""
         names = [stage.name for stage in self.stages]
         for stage in self.stages:
             if names.count(stage.name) > 1:
@@ -294,7 +297,11 @@ def term_model(name: str) -> type[Term]:
     """
     entry: Objective = find_objective(name)
     given = {
-        key: (_scheduled(p.annotation), ... if p.default is p.empty else p.default) for key, p in entry.params.items()
+        key: (
+            _scheduled(p.annotation),
+            Field(default=... if p.default is p.empty else p.default, description=PARAMETERS.get(key)),
+        )
+        for key, p in entry.params.items()
     }
     return create_model("Term_" + re.sub(r"\W", "_", name), __base__=Term, **given)  # type: ignore[call-overload]
 

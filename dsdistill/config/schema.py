@@ -40,6 +40,7 @@ def _with_objectives(schema: dict[str, Any]) -> dict[str, Any]:
         one["properties"]["objective"] = {"const": name, "description": f"{name}: {OBJECTIVES[name].paper}"}
         choices.append(one)
     own = {**shared, "title": "an objective of your own", "additionalProperties": True}
-    own["properties"] = {**shared["properties"], "objective": {"type": "string", "pattern": "^[\\w.]+:\\w+$"}}
+    named = {**shared["properties"]["objective"], "pattern": "^[\\w.]+:\\w+$"}
+    own["properties"] = {**shared["properties"], "objective": named}
     schema["$defs"]["Term"] = {"description": shared["description"], "anyOf": [*choices, own]}
     return schema

@@ -30,6 +30,7 @@ class TeacherSettings(Strict):
 
     @model_validator(mode="after")
     def _has_what_its_placement_needs(self) -> TeacherSettings:
+        """`ranks` stands with placement `ranks` and `nvme_path` with placement `nvme`, and only there."""
         for key, value, placement in (("ranks", self.ranks, "ranks"), ("nvme_path", self.nvme_path, "nvme")):
             if (self.placement == placement) != (value is not None):
                 raise ValueError(
@@ -72,6 +73,7 @@ class StudentSettings(Strict):
 
     @model_validator(mode="after")
     def _starts_from_one_thing(self) -> StudentSettings:
+        """Either `init` or `init_from` is given; `resize` needs teacher layers, so an `init` that names some."""
         if (self.init is None) == (self.init_from is None):
             raise ValueError("give either `init` or `init_from`")
         if self.resize is not None and self.init in (None, "random"):
@@ -93,6 +95,7 @@ class CorpusSection(Strict):
     @model_validator(mode="before")
     @classmethod
     def _prepares_into_its_directory(cls, section: Any) -> Any:
+        """`prepare` has every key of prepare_corpus.py; its `output` is this section's `directory` and left out."""
         if not isinstance(section, dict) or not isinstance(section.get("prepare"), dict):
             return section
         prepare = {"output": section.get("directory"), **section["prepare"]}
@@ -119,13 +122,14 @@ class Ramp(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
     start: float = Field(alias="from", description="value up to step `begin`")
-    end: float = Field(alias="to", description="value from step `end_step` on")
+    end: float = Field(alias="to", description="value from step `until` on")
     begin: int = Field(default=0, ge=0, description="first step of the change")
     end_step: int = Field(alias="until", ge=1, description="last step of the change")
     kind: Literal["linear", "step"] = Field(default="linear", description="straight line, or a jump at `until`")
 
     @model_validator(mode="after")
     def _ends_after_it_begins(self) -> Ramp:
+        """`until` is greater than `begin`."""
         if self.end_step <= self.begin:
             raise ValueError(f"until={self.end_step} must be greater than begin={self.begin}")
         return self
@@ -186,6 +190,7 @@ class OptimizationSettings(OptimizerSettings):
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> OptimizationSettings:
+        """`warmup_steps` is smaller than `steps`."""
         if self.warmup_steps >= self.steps and self.warmup_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be smaller than steps={self.steps}")
         return self
@@ -219,6 +224,7 @@ class SentenceEvaluation(Strict):
 
     @model_validator(mode="after")
     def _neighbours_are_few(self) -> SentenceEvaluation:
+        """`neighbours` are fewer than the other rows."""
         if self.neighbours >= self.rows - 1:
             raise ValueError(f"neighbours={self.neighbours} must be fewer than the other rows, of rows={self.rows}")
         return self

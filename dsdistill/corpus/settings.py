@@ -70,6 +70,11 @@ class CorpusSettings(BaseModel):
 
     @model_validator(mode="after")
     def _no_option_without_effect(self) -> CorpusSettings:
+        """No option without effect.
+
+        `long_documents: truncate` needs `rows: document`; `column` and `where` need tables or the hub; `documents:
+        line` needs text; `hub_config` and `hub_split` need the hub.
+        """
         if self.long_documents == "truncate" and self.rows == "packed":
             raise ValueError("long_documents=truncate has no effect with rows=packed; use rows=document")
         table_options = {"column": self.column, "where": self.where}

@@ -81,6 +81,10 @@ class DataSettings(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
+        """Rows come from one of `directory`, own files (`train` and `dev` together) and `hub`.
+
+        `text_pair` needs `text`; `hub_config` and `hub_dev` need `hub`; `labels` and `metrics` name nothing twice.
+        """
         files = {"train": self.train, "dev": self.dev, "test": self.test}
         given = [name for name, value in files.items() if value]
         kinds = {"directory": self.directory, "/".join(given) or "train": given, "hub": self.hub}

@@ -8,6 +8,8 @@ import jsonschema
 import pytest
 import yaml
 
+from dsdistill.objectives.parameters import PARAMETERS
+from dsdistill.objectives.registry import OBJECTIVES
 from launch.recipe_schema import HOME, schemas
 
 RECIPES = HOME.parent
@@ -64,7 +66,12 @@ def test_objectives_of_your_own_may_have_any_parameters():
 def test_every_key_is_described():
     for name in schemas():
         schema = json.loads((HOME / name).read_text(encoding="utf-8"))
-        for where, model in {"": schema, **schema["$defs"]}.items():
+        choices = {one["title"]: one for one in schema["$defs"].get("Term", {}).get("anyOf", ())}
+        for where, model in {"": schema, **schema["$defs"], **choices}.items():
             for key, described in model.get("properties", {}).items():
                 told = "description" in described or "$ref" in described or "allOf" in described
                 assert told, f"{name}: {where}.{key}"
+
+
+def test_no_parameter_is_described_that_no_objective_has():
+    assert set(PARAMETERS) == {key for entry in OBJECTIVES.values() for key in entry.params}
