@@ -15,7 +15,7 @@ PATHS := dsdistill launch tests benchmarks docs
 	touch $@
 
 # guides and the reference made of the code; strict: a broken link, anchor or page without a place is an error
-DOCS := DS_ACCELERATOR=cpu NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs --quiet build
+DOCS := DS_ACCELERATOR=cpu NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build
 
 quickstart: .venv/installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" deepspeed --log_level warning launch/pretrain_distill.py --ds_config ds_configs/zero2.json
