@@ -101,7 +101,9 @@ def table(path: str, schema: Schema, definitions: Mapping[str, Schema]) -> list[
         link = f" ([keys](#{anchor(where)}))" if inside else ""
         if "Term" in referred(described):
             link = " ([objectives](objectives.md))"
-        meaning = described.get("description") or (cleaned(definitions[inside[0]].get("description")) if inside else "")
+        meaning = described.get("description") or (
+            cleaned(definitions[inside[0]].get("description")).partition("\n")[0] if inside else ""
+        )
         cells = (f"`{key}`", type_of(described), default_of(described, key in needed, bool(inside)), meaning + link)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines

@@ -21,6 +21,9 @@ LOG = logging.getLogger("mkdocs.hooks.site")
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[#)])")
 """The path of a relative link or picture."""
 
+PIPES = re.compile(r"`[^`\n]*\\\|[^`\n]*`")
+"""Code with escaped pipes, as tables have it elsewhere; here a table leaves code alone."""
+
 FETCHED = {
     "script": "src",
     "img": "src",
@@ -75,7 +78,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return match[1]
         return posixpath.relpath(place_of(target), posixpath.dirname(page.file.src_uri) or ".")
 
-    return LINK.sub(rewritten, markdown)
+    return PIPES.sub(lambda code: code[0].replace("\\|", "|"), LINK.sub(rewritten, markdown))
 
 
 def on_post_build(config: MkDocsConfig) -> None:
