@@ -1,4 +1,7 @@
-"""Directories that several jobs share: one works in it, the others wait."""
+"""Directories that several jobs share: one works in it, the others wait.
+
+Imports nothing heavy: workers of a grid tell that they live before they import torch.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from dsdistill.training.dist import Place
 from dsdistill.training.signals import StoppedError
-from dsdistill.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from dsdistill.training.dist import Place
+    from dsdistill.training.watchdog import Watchdog
 
 
 def lock_of(directory: Path) -> FileLock:
