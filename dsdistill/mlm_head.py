@@ -42,6 +42,11 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
     Raises:
         ValueError: As `dsdistill.pretrain.run`, and if the fitted head belongs to another encoder.
     """
+    if recipe.student.tokenizer is not None:
+        raise ValueError(
+            "--fit_mlm_head has no effect with student.tokenizer: where the teacher has no head, the student gets a "
+            "new one for its own tokens; leave it out"
+        )
     place, fit = find_place(), head_recipe(recipe)
     directory = fit.output / EXPORT
     if not (directory / BINDING).is_file():

@@ -21,12 +21,13 @@ from dsdistill.models.loading import (
     Head,
     check_family,
     has_task_architecture,
+    heads_of,
     load_config,
     load_tokenizer,
     task_config,
 )
 from dsdistill.models.student import check_recomputes, check_start, student_config
-from dsdistill.models.vocabulary import set_vocabulary
+from dsdistill.models.vocabulary import set_vocabulary, tokens_problem
 from dsdistill.models.weight_names import has_masked_lm_head
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.placing import choose_placement, placement_problems
@@ -146,18 +147,14 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
     source = recipe.teacher.source
     models = plan_models(source, problems.of(lambda: load_config(source)), recipe.student, problems)
     stage = plan_stage(recipe.objectives, recipe.pace, models, problems, ds_json, place, row_length=row_length)
-    has_head = recipe.student.frozen_encoder or problems.of(lambda: has_masked_lm_head(source, models.teacher))
+    has_head = problems.of(lambda: has_masked_lm_head(source, models.teacher))
+    gets_head = recipe.student.makes_head and "masked LM" in heads_of(models.teacher)
     if stage is not None and "logits" in stage.student_wants and has_head is not None:
-        problems.found += logit_problems(recipe, source, has_head, stage.terms)
-    if models.student is not None and recipe.student.tokenizer is not None:
-        student = models.student
-        problems.of(lambda: set_vocabulary(student, load_tokenizer(recipe.student.tokenizer_source(source))))
-        others = [term.objective for term in recipe.objectives if term.objective != "mlm"]
-        if others:
-            problems.found.append(
-                f"objectives: {', '.join(others)} cannot be used with student.tokenizer: what the teacher says of its "
-                "tokens does not line up with other tokens of the student; use mlm only"
-            )
+        problems.found += logit_problems(recipe, source, has_head or gets_head, stage.terms)
+    if stage is not None and gets_head and not has_head and recipe.student.init_from is None:
+        stage = replace(stage, notes=(*stage.notes, "the teacher has no masked-LM head: the student's starts random"))
+    if models.student is not None:
+        problems.found += tokenizer_problems(recipe, source, models.student)
     if stage is not None and "logits" not in stage.student_wants and recipe.student.frozen_encoder:
         problems.found.append("student.frozen_encoder trains a masked-LM head, but no objective reads logits; use mlm")
     if rows is not None:
@@ -174,8 +171,30 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
         stage = replace(stage, teacher_wants={**stage.teacher_wants, "hidden": wanted})
     masking = recipe.masking
     targets = row_length if masking.targets == "all" else round(masking.probability * row_length)
-    ends = Ends("masked LM" if has_head else "none", "classification", targets)
+    ends = Ends("masked LM" if has_head or gets_head else "none", "classification", targets)
     return finish_plan(recipe, models, [stage], problems, ds_json, place, ends)
+
+
+def tokenizer_problems(recipe: Recipe, source: Source, student: PreTrainedConfig) -> list[str]:
+    """What does not go with the student's tokens; its config then has the vocabulary of its own tokenizer, if any."""
+    settings, problems = recipe.student, Problems()
+    ours = settings.tokenizer_source(source)
+    problems.note(problems.of(lambda: tokens_problem(settings.init_from, ours)))
+    if settings.tokenizer is None:
+        return problems.found
+    problems.of(lambda: set_vocabulary(student, load_tokenizer(ours)))
+    others = [term.objective for term in recipe.objectives if term.objective != "mlm"]
+    if others:
+        problems.found.append(
+            f"objectives: {', '.join(others)} cannot be used with student.tokenizer: what the teacher says of its "
+            "tokens does not line up with other tokens of the student; use mlm only"
+        )
+    if recipe.evaluation.sentences is not None:
+        problems.found.append(
+            "evaluation.sentences: the teacher cannot read rows of other tokens (student.tokenizer); drop it, and "
+            "score the exported student by launch/evaluate.py, which gives each model its own"
+        )
+    return problems.found
 
 
 def make_task_plan(
@@ -198,6 +217,7 @@ def make_task_plan(
     config = problems.of(lambda: task_config(load_config(source), spec.labels, spec.problem))
     problems.of(lambda: teacher_outputs(source, spec))
     models = plan_models(source, config, recipe.student, problems)
+    problems.note(problems.of(lambda: tokens_problem(recipe.student.init_from, source)))
     longest, length = max_length(models.teacher), recipe.data.max_length
     if longest is not None and length > longest:
         problems.found.append(f"data.max_length={length}, but {source.model} takes {longest} tokens; use fewer")

@@ -208,12 +208,12 @@ def build_models(
         ValueError: If the recipe wants logits of a model without a head.
     """
     recipe, (stage,) = plan.recipe, plan.stages
-    frozen = recipe.student.frozen_encoder
-    complete = load_with_new_head(plan.source, seed=recipe.seed) if frozen else load_encoder(plan.source)
+    settings, config = recipe.student, plan.student_config
+    complete = load_with_new_head(plan.source, seed=recipe.seed) if settings.makes_head else load_encoder(plan.source)
     if "logits" in {*stage.student_wants, *stage.teacher_wants} and head_of(complete) == "none":
         raise ValueError(missing_head(plan.source))
-    settings, config = recipe.student, plan.student_config
-    if settings.tokenizer is not None:
+    has_other_tokens = settings.tokenizer is not None and settings.init_from is None
+    if has_other_tokens:
         config = copy.deepcopy(config)
         config.vocab_size = plan.teacher_config.vocab_size
     student = build_student(
@@ -224,12 +224,12 @@ def build_models(
         resize=settings.resize,
         init_from=settings.init_from,
     )
-    if settings.tokenizer is not None:
+    if has_other_tokens:
         ours, theirs = load_tokenizer(settings.tokenizer_source(plan.source)), load_tokenizer(plan.source)
         shared = change_vocabulary(student, ours, theirs, seed=recipe.seed)
         if place.is_first:
             print(f"tokenizer  {shared:,} of {len(ours):,} tokens start from the teacher's embeddings", flush=True)
-    if frozen:
+    if settings.frozen_encoder:
         encoder_of(student).requires_grad_(False)
     if not stage.teacher_wants:
         return student, None

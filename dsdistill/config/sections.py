@@ -287,16 +287,21 @@ class TextTeacherSettings(TeacherSettings):
 class TextStudentSettings(StudentSettings):
     """The model to distil into on text."""
 
-    def tokenizer_source(self, teacher: Source) -> Source:
-        """Where its tokenizer is: its own, or with the teacher."""
-        return teacher if self.tokenizer is None else Source(model=self.tokenizer)
-
     tokenizer: str | None = Field(
         default=None, description="a tokenizer of its own (launch/train_tokenizer.py), for the objective mlm only"
     )
     frozen_encoder: bool = Field(
         default=False, description="train the masked-LM head only, a new one on an encoder that has none"
     )
+
+    def tokenizer_source(self, teacher: Source) -> Source:
+        """Where its tokenizer is: its own, or with the teacher."""
+        return teacher if self.tokenizer is None else Source(model=self.tokenizer)
+
+    @property
+    def makes_head(self) -> bool:
+        """Whether it gets a new masked-LM head where the teacher has none: no teacher speaks of its tokens."""
+        return self.frozen_encoder or self.tokenizer is not None
 
 
 class FineTuning(EpochOptimizationSettings):

@@ -6,13 +6,16 @@ writes that. A token that the teacher does not have gets the mean of the pieces 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from dsdistill.locate import Source
 from dsdistill.models.families import encoder_of, family_of
+from dsdistill.models.loading import load_tokenizer
 
 ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
 
@@ -35,6 +38,24 @@ def set_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast)
         name = f"{role}_token_id"
         if getattr(config, name, None) is not None and getattr(tokenizer, name) is not None:
             setattr(config, name, getattr(tokenizer, name))
+
+
+def tokens_problem(init_from: Path | None, tokenizer: Source) -> str | None:
+    """Why a saved student cannot go on with a tokenizer, or None if it can, or was saved without its own.
+
+    Raises:
+        ValueError: If one of the tokenizers cannot be read.
+    """
+    if init_from is None or not (init_from / "tokenizer.json").is_file():
+        return None
+    theirs = load_tokenizer(Source(model=str(init_from)))
+    if theirs.get_vocab() == load_tokenizer(tokenizer).get_vocab():
+        return None
+    return (
+        f"student.init_from={str(init_from)!r} was trained with another tokenizer than that of {tokenizer.model}, so "
+        "that its embeddings are of other tokens; a student with a tokenizer of its own is its own teacher.model in a "
+        "task (objective task only), and needs its student.tokenizer on text"
+    )
 
 
 def keys_of(tokenizer: PreTrainedTokenizerFast) -> dict[int, Key]:
