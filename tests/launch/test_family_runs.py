@@ -60,17 +60,21 @@ def tokenizer_of(tmp_path_factory):
     def find(family: str) -> Path:
         kind, special = next(key for key, families in TOKENIZERS.items() if family in families)
         made = directory / f"{kind}-{special}"
-        if not made.exists():
-            names = {"bert": LIKE_BERT, "roberta": LIKE_ROBERTA}[special]
-            numbers = {token: number for number, token in enumerate((*names.values(), "a"))}
-            like = Tokenizer(models.WordLevel(numbers, unk_token=names["unk"]))
-            tokens = {f"{role}_token": token for role, token in names.items()}
-            PreTrainedTokenizerFast(tokenizer_object=like, **tokens).save_pretrained(directory / special)
-            settings = CorpusSettings(**REVIEWS, tokenizer=str(directory / special), output=made)
-            train_tokenizer(settings, kind=kind, vocab_size=300)
-        return made
+        return made if made.exists() else make_tokenizer(kind, special, made, **REVIEWS)
 
     return find
+
+
+def make_tokenizer(kind: str, special: str, directory: Path, **text) -> Path:
+    """Of 300 tokens, with the special tokens of BERT or of RoBERTa."""
+    names = {"bert": LIKE_BERT, "roberta": LIKE_ROBERTA}[special]
+    numbers = {token: number for number, token in enumerate((*names.values(), "a"))}
+    like = Tokenizer(models.WordLevel(numbers, unk_token=names["unk"]))
+    tokens = {f"{role}_token": token for role, token in names.items()}
+    PreTrainedTokenizerFast(tokenizer_object=like, **tokens).save_pretrained(f"{directory}-like")
+    settings = CorpusSettings(**text, tokenizer=f"{directory}-like", output=directory)
+    train_tokenizer(settings, kind=kind, vocab_size=300)
+    return directory
 
 
 def draw_teacher(family: str, tokenizer: Path, directory: Path) -> None:
