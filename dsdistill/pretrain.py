@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from dsdistill.training import run_directory, signals
 from dsdistill.training.dist import Place, find_place
 from dsdistill.training.engine import half_precision, processes
 from dsdistill.training.loop import Stage, Teacher
+from dsdistill.training.pictures import MOST_ROWS, Pictures, ask_teacher, make_probes
 from dsdistill.training.placement import Placed, ahead, at_once, lines
 from dsdistill.training.stage import capture_student, run_stage
 from dsdistill.training.teacher_ranks import TeacherLine, serve
@@ -173,12 +175,31 @@ def distil_watched(
             held_out=lambda: held_out_batches(held_out, **data, **batching, rows=recipe.evaluation.rows),
             probe=next(iter(held_out_batches(held_out, **data, rows=2, micro_batch=2, rank=0, world_size=1))),
             num_examples=corpus.num_rows,
+            pictures=pictures_of(plan, held_out, data, tokenizer, teacher, place),
             tokens_at_peak=tokens_at_peak(plan, stage, place),
             score=sentence_score(plan, held_out, tokenizer, at_once(teacher), place),
         ),
         place,
         watchdog,
     )
+
+
+def pictures_of(
+    plan: Plan[Recipe],
+    held_out: Corpus,
+    data: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    teacher: Placed | None,
+    place: Place,
+) -> Pictures | None:
+    """What the run's pictures are made of, or None if nobody wants any."""
+    settings, layers = plan.recipe.logging, shape_of(plan.teacher_config).num_layers
+    if settings.pictures == "never":
+        return None
+    rows = next(iter(held_out_batches(held_out, **data, rows=MOST_ROWS, micro_batch=MOST_ROWS, rank=0, world_size=1)))
+    probes = make_probes(tokenizer, settings.sentences, rows)
+    ask = None if teacher is None else partial(ask_teacher, teacher, probes, layers, place.device)
+    return Pictures(probes=probes, every=settings.pictures_every, teacher=ask)
 
 
 def sentence_score(

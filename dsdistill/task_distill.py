@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dsdistill.config.recipe import TaskRecipe
-from dsdistill.core import Batch
+from dsdistill.core import Batch, Features
 from dsdistill.locate import Source
 from dsdistill.models.export import rebuild, save_skeleton
 from dsdistill.models.families import shape_of
@@ -43,9 +44,10 @@ from dsdistill.tasks.task import Task, open_task, task_spec
 from dsdistill.training import run_directory, signals
 from dsdistill.training.checkpoint import STUDENT, checkpoint_name
 from dsdistill.training.dist import Place, find_place
-from dsdistill.training.engine import processes
-from dsdistill.training.loop import Stage, answers
+from dsdistill.training.engine import half_precision, processes
+from dsdistill.training.loop import Stage, Teacher, answers
 from dsdistill.training.one_job import one_job
+from dsdistill.training.pictures import MOST_ROWS, Pictures, Probes, ask_teacher, every_layer, make_probes, moved
 from dsdistill.training.placement import Placed, ahead, lines
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
 from dsdistill.training.stage import capture_student, run_stage
@@ -157,13 +159,14 @@ def distil(run: TaskRun, resume: Literal["auto", "never"]) -> None:
         init_from=recipe.student.init_from,
         random_head=recipe.student.head == "random",
     )
+    seen = look_early(run, teacher, kept)
     del teacher
     skeleton = recipe.output / SKELETON
     run.watchdog.first_alone("skeleton", lambda: save_skeleton(student, run.tokenizer, skeleton))
     for index, stage in enumerate(run.plan.stages):
         done = checkpoints[index]
         if done is None or run_directory.step_of(done) < stage.pace.optimization.steps:
-            train_stage(run, index, student, done, kept)
+            train_stage(run, index, student, done, kept, seen)
             gc.collect()  # an engine holds itself in cycles, with all its memory
         student = rebuild(skeleton, weights_after(run, index))
     run.watchdog.first_alone("export and scores", lambda: finish_run(run, kept, data))
@@ -198,7 +201,12 @@ def weights_after(run: TaskRun, index: int) -> dict[str, torch.Tensor]:
 
 
 def train_stage(
-    run: TaskRun, index: int, student: PreTrainedModel, checkpoint: Path | None, kept: Signals | None
+    run: TaskRun,
+    index: int,
+    student: PreTrainedModel,
+    checkpoint: Path | None,
+    kept: Signals | None,
+    seen: tuple[Features, Features] | None,
 ) -> None:
     """Train one stage to its end."""
     recipe, task, stage = run.recipe, run.task, run.plan.stages[index]
@@ -237,6 +245,7 @@ def train_stage(
             held_out=lambda: evaluation_batches(held_out, **looking),
             probe=probe_of(run),
             num_examples=task.train.num_rows,
+            pictures=pictures_of(run, teacher, seen),
             tokens_at_peak=tokens_at_peak(run.plan, stage, run.place, asks_teacher=isinstance(teacher, Placed)),
             score=(lambda engine: score(run, stage, engine)) if "logits" in stage.student_wants else None,
             notes=(f"stage {stage.name}",),
@@ -244,6 +253,53 @@ def train_stage(
         run.place,
         run.watchdog,
     )
+
+
+def pictures_of(run: TaskRun, teacher: Teacher | None, seen: tuple[Features, Features] | None) -> Pictures | None:
+    """What a stage's pictures are made of, or None if nobody wants any.
+
+    Args:
+        run: The run.
+        teacher: Who answers in training.
+        seen: What the teacher says of the probes, if it is not there in training.
+    """
+    probes, every = probes_of(run), run.recipe.logging.pictures_every
+    if probes is None or teacher is None:
+        return None if probes is None else Pictures(probes=probes, every=every, teacher=None)
+    if isinstance(teacher, Placed):
+        layers = shape_of(run.plan.teacher_config).num_layers
+        return Pictures(
+            probes=probes, every=every, teacher=partial(ask_teacher, teacher, probes, layers, run.place.device)
+        )
+    assert seen is not None
+    return Pictures(probes=probes, every=every, teacher=lambda: seen)
+
+
+def probes_of(run: TaskRun) -> Probes | None:
+    """What models are asked about for pictures; None if nobody wants any."""
+    settings, rows = run.recipe.logging, run.held_out[1]
+    if settings.pictures == "never":
+        return None
+    some = next(evaluation_batches(rows, micro_batch=min(MOST_ROWS, rows.num_rows), rank=0, world_size=1))
+    return make_probes(run.tokenizer, settings.sentences, some)
+
+
+def look_early(run: TaskRun, complete: PreTrainedModel, kept: Signals | None) -> tuple[Features, Features] | None:
+    """What the teacher says of the probes, where a stage will read its signals from disk; every process calls this.
+
+    Args:
+        run: The run.
+        complete: The teacher; of no use afterwards.
+        kept: Signals on disk.
+    """
+    probes, stages = probes_of(run), run.plan.stages
+    if kept is None or probes is None or not any(s.teacher_wants and kept.cover(s.teacher_wants) for s in stages):
+        return None
+    layers = shape_of(run.plan.teacher_config).num_layers
+    placement, dtype = replace(run.plan.placement, line=run.line), half_precision(stages[0].engine_config)
+    placed = placement.place(run.source, lambda: complete, every_layer(layers), place=run.place, dtype=dtype)
+    sentences, rows = ask_teacher(placed, probes, layers, run.place.device)
+    return moved(sentences, "cpu"), moved(rows, "cpu")
 
 
 def probe_of(run: TaskRun) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -240,10 +240,33 @@ class EvaluationSettings(Strict):
     )
 
 
+SENTENCES = (
+    "The animal didn't cross the street because it was too tired.",
+    "She poured the water from the jug into the cup until it was full.",
+)
+"""What `it` stands for shows in attention maps; the second is after Levesque et al. 2012, Winograd schemas."""
+
+
 class LoggingSettings(Strict):
     """What is written while training."""
 
     every_steps: int = Field(default=10, ge=1, description="one device sync and one line in the metrics file")
+    pictures: Literal["auto", "never"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto",
+        description="attention maps and layers compared, for TensorBoard and the report: every so many steps; auto: at "
+        "the start and at evaluations, as long as they take less than 1 % of the time",
+    )
+    sentences: list[str] = Field(
+        default=list(SENTENCES),
+        min_length=1,
+        max_length=8,
+        description="whose attention maps are drawn, a picture each",
+    )
+
+    @property
+    def pictures_every(self) -> int | None:
+        """Steps between pictures, where they are told."""
+        return None if isinstance(self.pictures, str) else self.pictures
 
 
 class CheckpointSettings(Strict):

@@ -9,12 +9,15 @@ neither the layers above nor the rest of the last layer run.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dsdistill.core import Batch, Features
+from dsdistill.core import Batch, Features, Signal
 from dsdistill.models.documents import borders_of, positions_of
 from dsdistill.models.families import Wanted, available, encoder_of, family_of, hidden_state_modules, layer_list
 from dsdistill.models.own_attention import use_recorded_attention
@@ -95,6 +98,27 @@ class Captured(nn.Module):
         Dropout draws as it does without compilation: the compiler's own draws cost more than they save.
         """
         self.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
+
+    @contextlib.contextmanager
+    def recording(self, wanted: Wanted) -> Iterator[None]:
+        """Within, record other signals, kernel by kernel, whether the forward has been compiled or not.
+
+        Layers that do not run are left out. ZeRO-3 has seen which modules are called in which order: where it has
+        partitioned the weights, logits that are wanted otherwise stay wanted.
+        """
+        before = self.wanted, self.end
+        asked: dict[Signal, list[int]] = {
+            signal: [layer for layer in layers if layer <= self.num_layers] for signal, layers in wanted.items()
+        }
+        if "logits" in self.wanted and is_sharded(self.model):
+            asked["logits"] = [-1]
+        self.wanted = available(encoder_of(self.model).config, asked)
+        self.end = self._end()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.wanted, self.end = before
 
     def _end(self) -> tuple[str, int] | None:
         """Where a forward has everything: in the attention of a layer, after a layer, or None for the very end."""

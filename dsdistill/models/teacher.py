@@ -36,7 +36,7 @@ def frozen(model: PreTrainedModel, wanted: Wanted, *, dtype: torch.dtype) -> Cap
 class ResidentTeacher:
     """A complete copy of the teacher on this process's device.
 
-    Other placements keep this interface: `__call__(batch) -> Features` and `checksum()`.
+    Other placements keep this interface: `__call__(batch) -> Features`, `look(batch, wanted)` and `checksum()`.
 
     Args:
         model: The loaded teacher; truncated in place.
@@ -57,6 +57,12 @@ class ResidentTeacher:
     def __call__(self, batch: Batch) -> Features:
         """The wanted signals of a batch; constants for autograd."""
         return self.captured(batch)
+
+    @torch.no_grad()
+    def look(self, batch: Batch, wanted: Wanted) -> Features:
+        """Other signals of a batch, of the layers that run."""
+        with self.captured.recording(wanted):
+            return self.captured(batch)
 
     def compile_forward(self) -> None:
         """Compile the forward; see `Captured.compile_forward`."""

@@ -26,6 +26,7 @@ from dsdistill.training.engine import backward, optimizer_of
 from dsdistill.training.gradient_norms import LayerNorms
 from dsdistill.training.graphs import GraphedTeacher
 from dsdistill.training.health import check_gradients, skips_in_a_row
+from dsdistill.training.pictures import Gallery, Pictures
 from dsdistill.training.schedule import learning_rate
 from dsdistill.training.telemetry import LossSums, Telemetry
 from dsdistill.training.watchdog import Watchdog
@@ -55,6 +56,7 @@ class Stage:
         probe: A few held-out rows, to find which parameters the loss reaches.
         num_examples: Training rows.
         score: Numbers of a task from the student's answers, or None; every rank calls it.
+        pictures: What pictures are made of; None for none.
         tokens_at_peak: Tokens per second that the job's devices could compute at best, or why that is not known.
         notes: Lines for people, told at the start.
     """
@@ -76,6 +78,7 @@ class Stage:
     probe: Batch
     num_examples: int
     score: Callable[[DeepSpeedEngine], Mapping[str, float]] | None = None
+    pictures: Pictures | None = None
     tokens_at_peak: float | str = ""
     notes: tuple[str, ...] = ()
 
@@ -92,6 +95,7 @@ class Attempt:
         telemetry: Where numbers go.
         watchdog: Is told what this rank is doing.
         first_step: Steps done before.
+        gallery: Draws pictures; None if nobody wants any.
     """
 
     stage: Stage
@@ -101,6 +105,7 @@ class Attempt:
     telemetry: Telemetry
     watchdog: Watchdog
     first_step: int
+    gallery: Gallery | None = None
 
 
 def train(attempt: Attempt) -> None:
@@ -117,6 +122,9 @@ def train(attempt: Attempt) -> None:
     saved = attempt.first_step
     if attempt.first_step == 0 and not vote.count():
         evaluate_now(attempt, 0)
+        if attempt.gallery is not None:
+            attempt.watchdog.at("step 0, pictures")
+            attempt.gallery.at_start()
     layer_norms = LayerNorms(engine)
     ask = attempt.stage.teacher
     ahead = isinstance(ask, GraphedTeacher)
@@ -150,10 +158,11 @@ def train(attempt: Attempt) -> None:
             logged, tokens = done, 0
         if evaluates:
             evaluate_now(attempt, done)
+        draws = draw_now(attempt, done, evaluated=evaluates)
         attempt.watchdog.at(f"step {done}, checkpoint")
         if saves and attempt.save(done):
             saved = done
-        if saves or evaluates:
+        if saves or evaluates or draws:
             telemetry.pause()
         if stopping and done < last_step:
             unsaved = f", those after {saved} not saved" if saved < done else " and saved"
@@ -241,6 +250,18 @@ def evaluate_now(attempt: Attempt, step: int) -> None:
     losses = evaluate(attempt.engine, stage.held_out_teacher, batches(), attempt.place, step)
     attempt.watchdog.at(f"step {step}, scores")
     attempt.telemetry.evaluation(step, losses, stage.score(attempt.engine) if stage.score is not None else {})
+
+
+def draw_now(attempt: Attempt, step: int, *, evaluated: bool) -> bool:
+    """Draw pictures if they are due after a step; whether they were."""
+    gallery = attempt.gallery
+    if gallery is None:
+        return False
+    attempt.watchdog.at(f"step {step}, pictures")
+    due = gallery.is_due(step, evaluated=evaluated, last=step == attempt.stage.pace.optimization.steps)
+    if due:
+        gallery.show(step)
+    return due
 
 
 @torch.no_grad()

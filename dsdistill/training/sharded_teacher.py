@@ -70,6 +70,12 @@ class ShardedTeacher:
         """The wanted signals of a batch; constants for autograd."""
         return self._forward(batch)
 
+    @torch.no_grad()
+    def look(self, batch: Batch, wanted: Wanted) -> Features:
+        """Other signals of a batch, of the layers that run; every process must ask at the same moment."""
+        with self._forward.recording(wanted):
+            return self._forward(batch)
+
     def checksum(self) -> str:
         """SHA-256 of all weights and buffers, as a resident teacher tells it; every process must call this."""
         state: dict[str, Tensor] = {}

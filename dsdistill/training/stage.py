@@ -16,6 +16,7 @@ from dsdistill.training.distiller import Distiller, freeze_unreached
 from dsdistill.training.engine import start_engine
 from dsdistill.training.graphs import GraphedLosses, GraphedTeacher, is_regular, reason_against
 from dsdistill.training.loop import Attempt, Stage, train
+from dsdistill.training.pictures import Gallery
 from dsdistill.training.teacher_ranks import RemoteTeacher
 from dsdistill.training.telemetry import Telemetry
 from dsdistill.training.watchdog import Watchdog
@@ -108,6 +109,10 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
             return False
         return True
 
+    gallery = None
+    if stage.pictures is not None:
+        compared = [term.pairs for term in stage.terms]
+        gallery = Gallery(stage.pictures, engine, stage.student, compared, place, telemetry)
     try:
         train(
             Attempt(
@@ -118,6 +123,7 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
                 telemetry=telemetry,
                 watchdog=watchdog,
                 first_step=first_step,
+                gallery=gallery,
             )
         )
     finally:

@@ -122,6 +122,11 @@ def unpack(message: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return told, tensors
 
 
+def in_order(wanted: Wanted) -> dict[str, list[int]]:
+    """Layers by signal, as JSON has them."""
+    return {signal: sorted(layers) for signal, layers in wanted.items()}
+
+
 def order_of(tensor: Tensor) -> tuple[int, ...]:
     """Dimensions by falling stride: how a tensor lies in memory, which the other side should repeat."""
     return tuple(sorted(range(tensor.ndim), key=lambda i: -tensor.stride(i)))
@@ -146,7 +151,7 @@ class TeacherLine(contextlib.AbstractContextManager):
         told = {
             "do": "open",
             "source": [source.model, source.revision, source.trust_remote_code],
-            "wanted": {signal: sorted(layers) for signal, layers in wanted.items()},
+            "wanted": in_order(wanted),
             "dtype": str(dtype).removeprefix("torch."),
         }
         self.send(told)
@@ -157,10 +162,15 @@ class TeacherLine(contextlib.AbstractContextManager):
         for work, _ in self.line.send(self.line.questions, told, tensors):
             work.wait()  # a teacher always listens
 
-    def ask(self, batch: Batch) -> int:
-        """Send a batch; the number of the answer."""
+    def ask(self, batch: Batch, wanted: Wanted | None = None) -> int:
+        """Send a batch, and what is wanted of it if that is not what the teacher was opened for.
+
+        Returns:
+            The number of the answer.
+        """
         tensors = {name: value.cpu() for name, value in batch._asdict().items() if isinstance(value, Tensor)}
-        self.send({"do": "ask", "padded": batch.padded}, tensors)
+        told = {"do": "ask", "padded": batch.padded, "wanted": None if wanted is None else in_order(wanted)}
+        self.send(told, tensors)
         self.asked += 1
         return self.asked
 
@@ -234,6 +244,10 @@ class RemoteTeacher:
     def now(self, batch: Batch) -> Features:
         """The wanted signals of a batch that was not sent ahead."""
         return self.line.answer(self.line.ask(batch))
+
+    def look(self, batch: Batch, wanted: Wanted) -> Features:
+        """Other signals of a batch that was not sent ahead, of the layers that run."""
+        return self.line.answer(self.line.ask(batch, wanted))
 
     def compile_forward(self) -> None:
         """Compile the teacher's forward, where it is."""
@@ -333,7 +347,8 @@ def _answer(
             elif told["do"] == "ask":
                 assert teacher is not None
                 watchdog.at(f"a batch of rank {student.rank}")
-                student.reply(teacher(Batch(**tensors, padded=told["padded"]).to(place.device)))
+                batch = Batch(**tensors, padded=told["padded"]).to(place.device)
+                student.reply(teacher(batch) if told["wanted"] is None else teacher.look(batch, told["wanted"]))
             elif told["do"] == "compile" and student is students[0]:
                 assert teacher is not None
                 teacher.compile_forward()

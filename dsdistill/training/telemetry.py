@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] (protobuf makes it)
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -27,11 +28,17 @@ from dsdistill.training.dist import Place
 
 PARTS = ("data", "teacher", "student", "backward", "step")
 NEVER = float(2**53)
+PICTURES = "pictures"
 LAYOUT = {
     "objectives": {
         "training: every term beside the total": ["Multiline", ["loss/.*"]],
         "held-out rows": ["Multiline", ["held_out/.*"]],
         "scores": ["Multiline", ["score/.*"]],
+    },
+    "student and teacher": {
+        "likeness of layers (CKA)": ["Multiline", ["likeness/cka_.*"]],
+        "KL of attention, nats": ["Multiline", ["likeness/attention_kl_.*"]],
+        "seconds of pictures": ["Multiline", ["time/pictures_s"]],
     },
     "a step": {
         "seconds by part": ["Multiline", [f"time/{part}_s" for part in PARTS]],
@@ -139,7 +146,7 @@ class Telemetry:
     ):
         self.place = place
         self.tokens_at_peak = tokens_at_peak
-        self.last_step = last_step
+        self.directory, self.last_step = directory, last_step
         self.writer: SummaryWriter | None = None
         self.unwritable: set[str] = set()
         self.bar: tqdm | None = None
@@ -203,6 +210,22 @@ class Telemetry:
             self.note(f"step {step}/{self.last_step}  held-out objective {losses['total']:.4f} ({terms}){told}")
         self.since = time.perf_counter()
 
+    def numbers(self, kind: str, step: int, scalars: Mapping[str, float]) -> None:
+        """Report other scalars by tag."""
+        self._write(kind, step, scalars)
+
+    def pictures(self, step: int, drawn: Mapping[str, bytes]) -> None:
+        """Show PNGs, and keep the newest of each name in the run directory."""
+        if not self.place.is_first:
+            return
+        with self._going_on("TensorBoard"):
+            if self.writer is not None:
+                self.writer._get_file_writer().add_summary(Summary(value=[_image(*one) for one in drawn.items()]), step)
+        with self._going_on(PICTURES):
+            self.directory.joinpath(PICTURES).mkdir(exist_ok=True)
+            for name, png in drawn.items():
+                self.directory.joinpath(PICTURES, f"{name}.png").write_bytes(png)
+
     def text(self, tag: str, content: str) -> None:
         """Keep a text in TensorBoard."""
         with self._going_on("TensorBoard"):
@@ -251,6 +274,12 @@ class Telemetry:
                 self.writer.close()
         if self.bar is not None:
             self.bar.close()
+
+
+def _image(name: str, png: bytes) -> Any:
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+    return Summary.Value(tag=f"{PICTURES}/{name}", image=image)
 
 
 def tensorboard_writer(directory: Path, first_step: int) -> SummaryWriter:

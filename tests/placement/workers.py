@@ -24,9 +24,16 @@ def ds_json(stage: int) -> dict[str, Any]:
 
 
 def numbers_of(run: Path) -> list[dict[str, Any]]:
-    """Everything in a run's metrics that does not depend on clocks and memory."""
+    """Everything in a run's metrics that does not depend on clocks, memory and pictures."""
     drop = ("time", "throughput", "memory")
-    return [{k: v for k, v in entry.items() if not k.startswith(drop)} for entry in read_metrics(run / "metrics.jsonl")]
+    entries = [entry for entry in read_metrics(run / "metrics.jsonl") if entry["kind"] in ("train", "held_out")]
+    return [{k: v for k, v in entry.items() if not k.startswith(drop)} for entry in entries]
+
+
+def likeness_of(run: Path) -> list[dict[str, Any]]:
+    """How alike the models' layers were when pictures were drawn."""
+    entries = [entry for entry in read_metrics(run / "metrics.jsonl") if entry["kind"] == "likeness"]
+    return [{k: v for k, v in entry.items() if k != "time"} for entry in entries]
 
 
 def one_run(
@@ -51,7 +58,10 @@ def one_run(
 
 
 def check_matrix(content: dict, cases: list[tuple[int, dict[str, dict]]], teachers: int = 0) -> None:
-    """Losses, gradient norms and held-out objectives of every placement are those of `resident`, to the last bit."""
+    """Losses, gradient norms and held-out objectives of every placement are those of `resident`, to the last bit.
+
+    Only the resident run draws no pictures.
+    """
     quiet_libraries()
     place = find_place().with_teachers(teachers)
     start_processes(place)
@@ -64,14 +74,30 @@ def check_matrix(content: dict, cases: list[tuple[int, dict[str, dict]]], teache
 
 
 def check_stage(content: dict, settings: dict[str, dict], stage: int, place: Place, line: TeacherLine | None) -> None:
-    told = []
+    told, seen = [], {}
     for name, keys in {"resident": {"placement": "resident"}, **settings}.items():
-        changed = {**content, "teacher": {**content["teacher"], **keys}}
+        pictures = {"pictures": "never" if name == "resident" else 2, "sentences": ["the film never begins"]}
+        changed = {**content, "teacher": {**content["teacher"], **keys}, "logging": {"every_steps": 2, **pictures}}
         recipe, checksums = one_run(changed, name, stage, place, line)
         told.append((name, numbers_of(recipe.output), checksums))
+        seen[name] = likeness_of(recipe.output)
+        if place.is_first:
+            drawn = sorted(path.name for path in recipe.output.glob("pictures/*"))
+            assert drawn == ([] if name == "resident" else ["attention_1.png", "layers.png"]), (name, drawn)
     (_, reference, [(original, _)]), *others = told
     if place.is_first:
         assert sum(entry["kind"] == "train" for entry in reference) > 1
     for name, numbers, [(before, after)] in others:
         assert numbers == reference, f"{name} at stage {stage}: {json.dumps([numbers, reference], indent=1)}"
         assert before == after == original, f"{name} at stage {stage} changed the teacher"
+    if place.is_first:
+        check_likeness(list(seen.values()), content["optimization"]["steps"])
+
+
+def check_likeness(seen: list[list[dict[str, Any]]], last_step: int) -> None:
+    """Pictures show the same wherever the teacher lives, from the first step to the last."""
+    none, first, *others = seen
+    assert none == []
+    assert [entry["step"] for entry in first] == [0, *range(2, last_step, 2), last_step], first
+    assert all(0 < entry["likeness/cka_layer_2"] <= 1 and entry["likeness/attention_kl_layer_2"] > 0 for entry in first)
+    assert all(other == first for other in others)

@@ -28,6 +28,7 @@ def columns(path) -> dict[str, list[str]]:
 
 
 def test_a_run_on_two_processes_is_whole_at_zero_0_and_3(task_content, tmp_path):
+    task_content["logging"] |= {"pictures": 6, "sentences": ["a good film"]}
     run_workers(f"{WORKERS}:run_all", 2, content=task_content, stages=[0, 3])
     runs = [tmp_path / f"run-{stage}" for stage in (0, 3)]
     results = [json.loads((run / "results.json").read_text()) for run in runs]
@@ -49,8 +50,17 @@ def test_a_run_on_two_processes_is_whole_at_zero_0_and_3(task_content, tmp_path)
     # one teacher for both runs, whose scores the last line of its metrics tells too
     (teacher,) = [p for p in (tmp_path / "teachers").iterdir() if p.name.startswith("cola-") and p.is_dir()]
     entries = read_metrics(teacher / "1-fine-tuning" / "metrics.jsonl")
-    assert entries[-1]["score/dev/matthews"] == pytest.approx(told["teacher_scores"]["dev"]["matthews"], abs=1e-6)
+    assert [e for e in entries if e["kind"] == "held_out"][-1]["score/dev/matthews"] == pytest.approx(
+        told["teacher_scores"]["dev"]["matthews"], abs=1e-6
+    )
     assert "dev matthews" in (run / "model" / "README.md").read_text()
+    # pictures of both models, also where the teacher's logits came from disk; of the student alone where it is nobody's
+    for stage in (
+        *(run / name for run in runs for name in ("1-intermediate", "2-prediction")),
+        teacher / "1-fine-tuning",
+    ):
+        drawn = sorted(path.name for path in stage.glob("pictures/*"))
+        assert drawn == ["attention_1.png", *(["layers.png"] if stage.parent in runs else [])], stage
 
 
 def check_export(run, predictions) -> None:
