@@ -1,4 +1,4 @@
-"""Everything a grid writes beside its results file: the page, the pictures, the measured speeds."""
+"""Everything a grid writes beside its results file: the page, the pictures, TensorBoard's, the measured speeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPEEDS = "speed.json"
 
 
 def write_report(grid: Grid) -> list[Path]:
-    """Write the page and the pictures from the results file.
+    """Write the page, the pictures and what TensorBoard shows from the results file.
 
     Returns:
         What was written.
@@ -30,7 +30,9 @@ def write_report(grid: Grid) -> list[Path]:
     known = {line["cell"] for line in lines}
     missing = sum(cell.id not in known for cell in grid.cells)
     write_text(output / TABLE, page(settings, lines, speeds, missing))
-    written = [output / TABLE]
+    from dsdistill.compare.hparams import write_hparams
+
+    written = [output / TABLE, write_hparams(output, settings, lines)]
     summary = summarize(lines, settings.best_over, settings.teacher_row)
     if summary.rows and summary.rows[0].labels:
         from dsdistill.compare.plots import plot_scores, plot_speed
