@@ -121,6 +121,15 @@ def check_parity(content: dict) -> None:
                 torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=2e-6, msg=f"stage {stage}: {name}")
 
 
+def one_run(content: dict) -> None:
+    """A whole run."""
+    place = find_place()
+    start_processes(place)
+    recipe = check_recipe(content, "test")
+    plan = make_plan(recipe, ds_json(2), place)
+    distil(plan, *open_corpus(recipe, plan, place), place, "auto")
+
+
 def norms_by_name(distiller: Distiller) -> tuple[float, dict[str, float]]:
     """The gradient's norm, in all and by layer, told from the parameters' names."""
     squares: dict[str, float] = {}
