@@ -14,7 +14,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from docs.hooks import commands, machine, recipes, settings
+from docs.hooks import charts, commands, machine, recipes, settings
 
 ROOT = Path(__file__).parents[2]
 LOG = logging.getLogger("mkdocs.hooks.site")
@@ -38,7 +38,12 @@ LANGUAGES = {".sbatch": "sh", ".j2": "jinja", ".yaml": "yaml", ".json": "json", 
 
 def reference() -> dict[str, str]:
     """Generated pages by their place in the site."""
-    pages = settings.pages() | {"deepspeed": machine.page(), "commands": commands.page(), "recipes": recipes.page()}
+    pages = settings.pages() | {
+        "deepspeed": machine.page(),
+        "commands": commands.page(),
+        "recipes": recipes.page(),
+        "charts": charts.page(),
+    }
     return {f"reference/{name}.md": text for name, text in pages.items()}
 
 

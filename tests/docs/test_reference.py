@@ -10,12 +10,13 @@ import pytest
 from markdown.extensions.toc import slugify
 from pydantic import BaseModel
 
-from docs.hooks import commands, machine, recipes, settings, site
+from docs.hooks import charts, commands, machine, recipes, settings, site
 from dsdistill.compare.grid import GridSettings
 from dsdistill.config.deepspeed import ELSEWHERE, MACHINE_KEYS, section_models
 from dsdistill.config.recipe import Recipe, TaskRecipe
 from dsdistill.config.sections import Term
 from dsdistill.objectives.registry import OBJECTIVES
+from dsdistill.training.telemetry import LAYOUT
 from tests.workers import ROOT
 
 KINDS = {"pretraining": Recipe, "tasks": TaskRecipe, "grids": GridSettings}
@@ -114,6 +115,17 @@ def options(script: str, monkeypatch) -> set[str]:
             importlib.import_module(f"launch.{script}").main()
     assert "--help" in seen
     return seen
+
+
+def test_every_chart_of_tensorboard_is_explained():
+    """The guide names, for each chart, a tag that it shows; the reference has all charts."""
+    page, guide = charts.page(), (ROOT / "docs/reading.md").read_text()
+    tags = re.findall(r"`([a-z_]+/[^`]*)`", guide)
+    for group, inside in LAYOUT.items():
+        for chart, (_, patterns) in inside.items():
+            assert f"| {group} | {chart} |" in page
+            for pattern in patterns:
+                assert any(re.match(pattern, tag) for tag in tags), f"docs/reading.md says nothing of {pattern}"
 
 
 def test_every_recipe_is_there():
