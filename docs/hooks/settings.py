@@ -136,7 +136,7 @@ def type_of(described: Schema) -> str:
         kinds = dict.fromkeys(type_of(choice) for choice in described["anyOf"])
         return " or ".join(kinds)
     if "$ref" in described:
-        return "number or [ramp](objectives.md#ramps)" if described["$ref"].endswith("/Ramp") else "section"
+        return "[ramp](objectives.md#ramps)" if described["$ref"].endswith("/Ramp") else "section"
     kind = described.get("type", "anything")
     limits = " and ".join(f"{sign} {described[word]}" for word, sign in LIMITS.items() if word in described)
     if kind == "array":
