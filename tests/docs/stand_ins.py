@@ -36,11 +36,11 @@ def texts(root: Path) -> None:
 
 
 def teachers(root: Path) -> None:
-    """A BERT of usual width with a masked-LM head, one without, and a sentence encoder; a small vocabulary."""
+    """A small BERT with a masked-LM head, one without, and a sentence encoder; a small vocabulary."""
     torch.manual_seed(0)
     tokenizer = train_wordpiece((root / "texts" / "all.txt").read_text().split("\n\n")[:200])
     tokenizer.model_max_length = 512
-    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=6)
+    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=6, hidden_size=384, intermediate_size=1536)
     model = BertForMaskedLM(config).half()
     for directory, what in ((TEACHER, model), (HEADLESS, model.bert), (ENCODER, model.bert)):
         assert isinstance(what, BertForMaskedLM | BertModel)
@@ -50,7 +50,7 @@ def teachers(root: Path) -> None:
     listed = [{"idx": number, "name": str(number), **module} for number, module in enumerate(listed)]
     (root / ENCODER / "modules.json").write_text(json.dumps(listed))
     (root / ENCODER / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 768, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    pooling = {"word_embedding_dimension": 384, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
     (root / ENCODER / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
 
 

@@ -136,9 +136,9 @@ def start_anew(page: str, root: Path) -> None:
     if page == "README.md":
         (root / "shared/data").symlink_to(root / "data")
     elif page == guides()[1]:
-        (root / "shared/data").unlink()
+        (root / "shared/data").unlink(missing_ok=True)
         for made in ("runs", "data/mine", "shared/runs"):
-            shutil.rmtree(root / made)
+            shutil.rmtree(root / made, ignore_errors=True)
 
 
 @pytest.mark.slow
