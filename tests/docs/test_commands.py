@@ -197,7 +197,7 @@ class Reader:
         (output / "recipe.yaml").write_text(recipe.to_yaml())
         teacher = load_config(recipe.teacher.source)
         student_config(teacher, student.num_layers, None, overrides=student.overrides).save_pretrained(model)
-        for file in TEACHER.glob("tokenizer*"):
+        for file in Path(getattr(student, "tokenizer", None) or TEACHER).glob("tokenizer*"):
             shutil.copy(file, model)
 
     def parse(self, script: str, arguments: list[str]) -> argparse.Namespace:

@@ -29,7 +29,7 @@ NOT_RUN = {
 
 STUBS = {
     # another launcher may be at work on this machine
-    "deepspeed": 'exec "{venv}/deepspeed" --master_port "$(cat {root}/port)" "$@"',
+    "deepspeed": 'exec "{venv}/bin/deepspeed" --master_port "$(cat port)" "$@"',
     "ssh": 'while [[ $1 == -* ]]; do shift 2; done\nshift\nexec "$@"',
     "sbatch": 'while [[ $1 == --* ]]; do shift; done\nSLURM_JOB_ID=1 exec bash "$@"',
     "srun": 'while [[ $1 == --* ]]; do shift; done\nSLURM_PROCID=0 exec "$@"',
@@ -41,16 +41,10 @@ class Machine:
 
     def __init__(self, root: Path):
         self.root = root
-        self.stubs = root / "stubs"
-        self.stubs.mkdir()
-        venv = (root / ".venv" / "bin").resolve()
-        for name, text in STUBS.items():
-            filled = text.replace("{venv}", str(venv)).replace("{root}", str(root))
-            (self.stubs / name).write_text(f"#!/bin/bash\n{filled}\n")
-            (self.stubs / name).chmod(0o755)
+        replace_programs(root / ".venv")
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
-            "PATH": f"{self.stubs}:{venv}:{os.environ['PATH']}",
+            "PATH": f"{root}/.venv/bin:{os.environ['PATH']}",
             "PYTHONPATH": str(root),
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
@@ -106,6 +100,20 @@ class Machine:
         """Code as a reader would paste it."""
         done = self.shell(["python", "-c", block.text])
         assert done.returncode == 0, f"{block.place}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+
+
+def replace_programs(venv: Path) -> None:
+    """Make the link to an environment a directory of links, with our programs in place of some."""
+    real = venv.resolve()
+    venv.unlink()
+    (venv / "bin").mkdir(parents=True)
+    for path in (*real.iterdir(), *(real / "bin").iterdir()):
+        if path.name not in ("bin", *STUBS):
+            (venv / path.relative_to(real)).symlink_to(path)
+    for name, text in STUBS.items():
+        program = venv / "bin" / name
+        program.write_text("#!/bin/bash\n" + text.replace("{venv}", str(real)) + "\n")
+        program.chmod(0o755)
 
 
 @pytest.fixture(scope="module")
