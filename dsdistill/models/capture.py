@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from dsdistill.core import Batch, Features, Signal
@@ -24,6 +25,10 @@ from dsdistill.models.own_attention import use_recorded_attention
 from dsdistill.models.recorder import ATTENTION, Enough, Recorder, record_with, recorder
 
 __all__ = ["ATTENTION", "Captured", "Wanted", "is_sharded"]
+
+
+INSIDE: tuple[Signal, ...] = ("query", "key", "value", "bias")
+"""Signals that come from the inside of a layer."""
 
 
 def _before_layer(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -85,12 +90,29 @@ class Captured(nn.Module):
             raise ValueError(f"wanted layers {self.wanted} exceed the model's {self.num_layers}")
         self.needs_mask = family_of(encoder_of(model).config).needs_mask
         self.end = self._end()
-        inputs, outputs = hidden_state_modules(model)
-        for module in inputs:
-            module.register_forward_pre_hook(_before_layer, with_kwargs=True)
-        for module in outputs:
-            module.register_forward_hook(_after_layer)
-        encoder_of(model).register_forward_hook(_after_encoder)
+        self._hooks: list[RemovableHandle] = []
+        self.hook_last()
+
+    def hook_last(self) -> None:
+        """Record what comes out of the hooks that modules have by now.
+
+        ZeRO 3 hands a module's output on as another tensor, whose backward first gathers the module's weights.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        inputs, outputs = hidden_state_modules(self.model)
+        self._hooks = [module.register_forward_pre_hook(_before_layer, with_kwargs=True) for module in inputs]
+        self._hooks += [module.register_forward_hook(_after_layer) for module in outputs]
+        self._hooks.append(encoder_of(self.model).register_forward_hook(_after_encoder))
+
+    def closed_layers(self) -> list[nn.Module]:
+        """Layers that ZeRO 3 may gather whole: gradients enter them, if at all, through their output alone.
+
+        Not those of whose inside something is recorded and trained; none where layers share weights.
+        """
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        opened = {layer for signal in INSIDE for layer in self.wanted.get(signal, ())} if trained else set()
+        return [m for i, m in enumerate(layer_list(self.model) or [], start=1) if i not in opened]
 
     def compile_forward(self) -> None:
         """Compile the forward, capture included, into one graph; each new shape of a batch costs minutes once.
@@ -122,7 +144,7 @@ class Captured(nn.Module):
 
     def _end(self) -> tuple[str, int] | None:
         """Where a forward has everything: in the attention of a layer, after a layer, or None for the very end."""
-        attention = max((max(self.wanted[s]) for s in ("query", "key", "value", "bias") if s in self.wanted), default=0)
+        attention = max((max(self.wanted[s]) for s in INSIDE if s in self.wanted), default=0)
         hidden = max(self.wanted.get("hidden", (0,)))
         if "logits" in self.wanted or hidden == self.num_layers or attention == hidden == 0:
             return None

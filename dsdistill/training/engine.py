@@ -14,9 +14,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
 from dsdistill.config.sections import OptimizationSettings
+from dsdistill.models.capture import Captured
 from dsdistill.training.dist import Place, rendezvous
 from dsdistill.training.gradient_checks import check_gradients_at_once
 from dsdistill.training.signals import StoppedError
@@ -112,7 +114,7 @@ def start_engine(
         eps=settings.eps,
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine = start_zero(model, config, optimizer)
     check_gradients_at_once(engine.optimizer)
     # DeepSpeed would raise a plain Exception at the smallest loss scale; the loop counts skipped steps in a row itself
     if hasattr(getattr(engine.optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
@@ -126,6 +128,23 @@ def start_engine(
     # learning rate of 0 it changed no weight; Adam's bias correction must not count it either.
     for state in optimizer.state.values():
         state["step"].zero_()
+    return engine
+
+
+def start_zero(
+    model: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+) -> deepspeed.DeepSpeedEngine:
+    """DeepSpeed's engine around a model; ZeRO 3 gathers a layer at once wherever it can.
+
+    Its hooks around every module of a layer are work of the host, more than a GPU needs for the layer.
+    """
+    captured = [module for module in model.modules() if isinstance(module, Captured)]
+    if zero_stage(config) == 3:
+        for layer in (layer for module in captured for layer in module.closed_layers()):
+            set_z3_leaf_module(layer, True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for module in captured:
+        module.hook_last()
     return engine
 
 

@@ -22,6 +22,7 @@ from dsdistill.models.capture import Wanted
 from dsdistill.models.families import layer_class
 from dsdistill.models.teacher import checksum_of, frozen
 from dsdistill.training.dist import Place
+from dsdistill.training.engine import start_zero
 
 LAYERS_AHEAD = 2
 """Layers whose weights may be gathered at a time: the one that runs, and the next."""
@@ -56,7 +57,7 @@ class ShardedTeacher:
         deepspeed.zero.Init(
             module=captured, config_dict_or_path=config, remote_device=offload, pin_memory=offload is not None
         )
-        self.engine, *_ = deepspeed.initialize(model=captured, config=config)
+        self.engine = start_zero(captured, config)
         self.engine.eval()
         self._forward = captured
 
