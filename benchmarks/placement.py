@@ -249,6 +249,7 @@ def parse() -> argparse.Namespace:
         default=PREDICTED.split(),
         help="12x768 into 6x768; +compile after the variant costs a minute",
     )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args()
 
 

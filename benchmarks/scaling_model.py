@@ -62,7 +62,7 @@ class Work:
     Attributes:
         forward_s: Teacher, student and objectives of a micro-batch.
         backward_s: Of a micro-batch.
-        optimizer_s: The engine's step.
+        optimizer_s: The engine's step, and what else happens once a step.
         accumulation: Micro-batches in a step.
         tokens: Of a micro-batch.
         trained: Trained parameters.
@@ -134,10 +134,9 @@ MEASURED = Work(0.0210, 0.0157, 0.0063, 4, 32768, 61_050_000)
 
 def work_of(cell: dict, tokens: int, accumulation: int) -> Work:
     """One GPU's share from a cell of `scaling.py`."""
-    ms = cell["parts_ms"]
-    return Work(
-        ms["forward"] / 1e3, ms["backward"] / 1e3, ms["step"] / 1e3, accumulation, tokens, cell["trained_parameters"]
-    )
+    forward, backward = (cell["parts_ms"][part] / 1e3 for part in ("forward", "backward"))
+    rest = cell["step_s"] - accumulation * (forward + backward)
+    return Work(forward, backward, rest, accumulation, tokens, cell["trained_parameters"])
 
 
 def tables(works: dict[int, Work], tokens: int) -> str:

@@ -214,8 +214,10 @@ def convert(content: dict, source: str, targets: dict[str, int | str], half: dic
     checkpoint = Path(source)
     for directory, stage in targets.items():
         distiller, teacher, plan = make_distiller(recipe, stage, place)
+        distiller.to(place.device)
         probe = rows(0, 0, 2)
-        freeze_unreached(distiller, probe._replace(labels=probe.input_ids, targets=torch.arange(32)), teacher(probe))
+        probe = probe._replace(labels=probe.input_ids, targets=torch.arange(32)).to(place.device)
+        freeze_unreached(distiller, probe, teacher(probe))
         modules = {STUDENT: distiller.student.model, HEADS: distiller.heads}
         load_weights(modules, checkpoint)
         config = plan.stages[0].engine_config | (half or {})
