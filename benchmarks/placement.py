@@ -45,6 +45,7 @@ from dsdistill.training.distiller import Distiller, freeze_unreached, wanted_sig
 from dsdistill.training.engine import backward, start_engine, start_processes
 from dsdistill.training.placement import Placed, Placement, at_once, lines
 from dsdistill.training.teacher_ranks import RemoteTeacher, serve
+from dsdistill.training.watchdog import Watchdog
 
 PATIENCE_S = 120.0
 PREDICTED = """\
@@ -323,10 +324,11 @@ def main() -> None:
         return report["micro_step_ms"]
 
     tell(HEAD)
-    with lines(place, PATIENCE_S) as line:
+    with lines(place, PATIENCE_S) as line, Watchdog(place, PATIENCE_S) as watchdog:
         if "placements" in arguments.parts:
             base = None
             for kind in arguments.placements:
+                watchdog.at(f"placement {kind}")
                 taken = measure(cell, kind, base, line)
                 base = taken if kind == "resident" else base
     if "prediction" in arguments.parts:
