@@ -172,6 +172,24 @@ def test_a_forward_that_stops_early_records_the_same(family, wanted, end, compil
             torch.testing.assert_close(features.at(signal, layer), complete.at(signal, layer), rtol=1e-5, atol=2e-6)
 
 
+def test_zero_3_may_gather_layers_whole_whose_inside_is_not_trained_on():
+    model = build("bert", ATTENTION)
+    captured = Captured(model, {"query": [2], "hidden": [3]})
+    layers = list(model.encoder.layer)
+    assert captured.closed_layers() == [layers[0], *layers[2:]]
+    assert Captured(model.requires_grad_(False), {"query": [2]}).closed_layers() == layers
+    assert Captured(build("albert", ATTENTION), {"hidden": [2]}).closed_layers() == []
+
+
+def test_hidden_states_are_what_later_hooks_make_of_them():
+    model = build("bert", ATTENTION)
+    captured = Captured(model, {"hidden": [2]})
+    model.encoder.layer[1].register_forward_hook(lambda _module, _args, output: output * 2)
+    captured.hook_last()
+    half = Captured(build("bert", ATTENTION), {"hidden": [2]})(make_batch(True)).at("hidden", 2)
+    torch.testing.assert_close(captured(make_batch(True)).at("hidden", 2), 2 * half)
+
+
 def test_nothing_runs_that_nobody_wants():
     model = build("bert", ATTENTION)
     captured = Captured(model, {"query": [1, 3], "hidden": [2]})
