@@ -103,6 +103,7 @@ def check_parity(content: dict) -> None:
             parameter.requires_grad_(name in reached)
         before = teacher.checksum()
         engine = start_engine(sharded, recipe.optimization, plan.stages[0].engine_config, place)
+        assert len(get_z3_leaf_modules(engine.module)) == ("3" in str(stage))  # the first layer
         layer_norms = LayerNorms(engine)
         for step in range(4):
             if step == 3:
