@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from dsdistill.evaluate import SPEED
 from dsdistill.task_summary import RESULTS
 from dsdistill.training.run_directory import CHECKPOINTS, CIRCUMSTANCES, EXPORT, RECIPE, SKELETON
-from dsdistill.training.telemetry import read_metrics
+from dsdistill.training.telemetry import PICTURES, read_metrics
 
 METRICS, CONFIG, DS_CONFIG = "metrics.jsonl", "config.json", "ds_config.json"
+PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,7 @@ class Run:
         student: Config of the student.
         parameters: Of the exported student, or None.
         checkpoints: Steps of those that are kept.
+        pictures: PNGs that training drew last, by stage and name.
         problems: What could not be read, a sentence each.
     """
 
@@ -74,6 +76,7 @@ class Run:
     student: dict[str, Any] = field(default_factory=dict)
     parameters: int | None = None
     checkpoints: list[int] = field(default_factory=list)
+    pictures: dict[tuple[str, str], bytes] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -105,6 +108,7 @@ def collect(directory: Path) -> Run:
     run.student = _read(run, f"{SKELETON}/{CONFIG}", json.loads, "the student's shape")
     run.speed = _read(run, f"{EXPORT}/{SPEED}", json.loads, "speed", needed=False)
     run.curves = _curves(run)
+    run.pictures = _pictures(run)
     run.checkpoints = sorted(
         int(path.name.removeprefix("step-"))
         for path in (directory / CHECKPOINTS).glob("step-*")
@@ -133,12 +137,35 @@ def _read(run: Run, name: str, parse: Callable[[str], Any], what: str, *, needed
     return {}
 
 
-def _curves(run: Run) -> list[Curve]:
+def _stages(run: Run) -> list[tuple[str, Path]]:
+    """Name and directory of each stage."""
     stages = run.setting("stages")
-    names = [str(stage.get("name", "")) for stage in stages if isinstance(stage, dict)] if stages else [""]
+    if not stages:
+        return [("", run.directory)]
+    names = [str(stage.get("name", "")) for stage in stages if isinstance(stage, dict)]
+    return [(name, run.directory / f"{number}-{name}") for number, name in enumerate(names, 1)]
+
+
+def _pictures(run: Run) -> dict[tuple[str, str], bytes]:
+    found = {}
+    for stage, directory in _stages(run):
+        for path in sorted((directory / PICTURES).glob("*.png")):
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                run.problems.append(f"{path.relative_to(run.directory)} cannot be read ({error})")
+                continue
+            if content.startswith(PNG) and content.endswith(PNG_END):
+                found[stage, path.stem] = content
+            else:
+                run.problems.append(f"{path.relative_to(run.directory)} is no whole PNG: it is not shown")
+    return found
+
+
+def _curves(run: Run) -> list[Curve]:
     found = []
-    for number, name in enumerate(names, 1):
-        path = (run.directory / f"{number}-{name}" if stages else run.directory) / METRICS
+    for name, directory in _stages(run):
+        path = directory / METRICS
         try:
             entries = [e for e in read_metrics(path) if isinstance(e, dict) and isinstance(e.get("step"), int)]
         except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from collections.abc import Sequence
@@ -171,6 +172,16 @@ def _finish(place: Axes, title: str, *, steps: bool = True) -> None:
         place.set_title(title, fontsize=10, loc="left")
     place.grid(alpha=0.25)
     place.legend(fontsize=8, frameon=False, ncols=2 if len(place.get_legend_handles_labels()[0]) > 4 else 1)
+
+
+def embedded(png: bytes) -> str:
+    """A PNG within an SVG element that takes the width of its place."""
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+    content = base64.b64encode(png).decode()
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"><image width="{width}" '
+        f'height="{height}" href="data:image/png;base64,{content}"/></svg>'
+    )
 
 
 def svg(figure: Figure) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,21 @@ def page_of(run: Run, name: str) -> dict[str, Any]:
                 "Scores while training": ("score", plots.losses(run.curves, "score/")),
                 "Where a step's time goes": ("parts", plots.parts(run.curves)),
                 "Speed, optimizer, memory": ("gauges", plots.gauges(run.curves)),
+                **drawn_in_training(run),
             },
         ),
+    }
+
+
+def drawn_in_training(run: Run) -> dict[str, tuple[str, str | None]]:
+    """What training drew last, titles by the names of its pictures."""
+    titles = {"layers": "Every layer of the student and of the teacher compared"}
+    return {
+        f"{titles.get(name, name.replace('_', ' ').capitalize())}{stage and f' ({stage})'}": (
+            re.sub(r"\W", "_", f"{stage and f'{stage}-'}{name}"),
+            plots.embedded(png),
+        )
+        for (stage, name), png in run.pictures.items()
     }
 
 

@@ -1,5 +1,7 @@
 """Reports of whole, broken and several runs."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
 from dsdistill.report.collect import collect
@@ -75,7 +78,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         if tag not in ("meta", "br", "img", "link"):
             self.open.append(tag)
-        self.fetched += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v and not v.startswith("#")]
+        self.fetched += [
+            v for k, v in attrs if k in ("src", "href", "xlink:href") and v and not v.startswith(("#", "data:"))
+        ]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -104,6 +109,34 @@ def test_a_whole_run_is_told_in_one_file_that_fetches_nothing(tmp_path):
     pictures = re.findall(r"!\[.*\]\((.*)\)", markdown.read_text())
     assert len(pictures) == 4
     assert all((markdown.parent / picture).read_text().startswith("<svg") for picture in pictures)
+
+
+@pytest.mark.parametrize("task", [None, "mrpc"])
+def test_pictures_that_training_drew_are_shown_and_a_torn_one_is_named(tmp_path, task):
+    run = write_run(tmp_path / "run", task=task)
+    folder = (run / "1-intermediate" if task else run) / "pictures"
+    folder.mkdir()
+    png = io.BytesIO()
+    Figure(figsize=(3, 2), dpi=50).savefig(png, format="png")
+    (folder / "layers.png").write_bytes(png.getvalue())
+    (folder / "attention_1.png").write_bytes(png.getvalue()[:-20])
+    found = collect(run)
+    html, markdown = write_report([found], tmp_path / "report")
+    page = Page(html)
+    assert page.fetched == []
+    assert page.open == []
+    assert f'viewBox="0 0 150 100"><image width="150" height="100" href="data:image/png;base64,{encoded(png)}"' in (
+        html.read_text()
+    )
+    title = "Every layer of the student and of the teacher compared" + (" (intermediate)" if task else "")
+    assert title in page.text
+    (name,) = re.findall(rf"!\[{re.escape(title)}\]\((.*)\)", markdown.read_text())
+    assert encoded(png) in (markdown.parent / name).read_text()
+    assert [problem for problem in found.problems if "attention_1.png is no whole PNG" in problem]
+
+
+def encoded(file: io.BytesIO) -> str:
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def test_numbers_are_those_of_the_metrics(tmp_path):
