@@ -295,6 +295,7 @@ def look_early(run: TaskRun, complete: PreTrainedModel, kept: Signals | None) ->
     probes, stages = probes_of(run), run.plan.stages
     if kept is None or probes is None or not any(s.teacher_wants and kept.cover(s.teacher_wants) for s in stages):
         return None
+    run.watchdog.at("what the teacher says of the probes")
     layers = shape_of(run.plan.teacher_config).num_layers
     placement, dtype = replace(run.plan.placement, line=run.line), half_precision(stages[0].engine_config)
     placed = placement.place(run.source, lambda: complete, every_layer(layers), place=run.place, dtype=dtype)

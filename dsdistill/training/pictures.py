@@ -30,8 +30,9 @@ from dsdistill.training.telemetry import Telemetry
 SHARE = 0.01
 """Of the time since training began that pictures may take, unless the recipe says when they are drawn."""
 
-FIRST_GUESS_S = 2.5
-"""What the first pictures are taken to cost: matplotlib is loaded, the teacher asked, the start drawn too."""
+FIRST_GUESS_S, FIRST_GUESS_LOOKS = 1.5, 5
+"""What the first pictures are taken to cost: seconds for matplotlib, and so many times what the look at the start took
+for the models, of which the teacher is the larger."""
 
 MOST_TOKENS, MOST_LENGTH, MOST_ROWS = 1024, 128, 64
 """Of the held-out rows whose hidden states are compared."""
@@ -221,6 +222,7 @@ class Gallery:
         with self._going_on():
             self._keep(0, answers)
         self.spent_s = time.perf_counter() - self.began
+        self.next_s += FIRST_GUESS_LOOKS * self.spent_s
 
     def is_due(self, step: int, *, evaluated: bool, last: bool) -> bool:
         """Whether to draw after a step; every process must ask, and all get the same answer."""

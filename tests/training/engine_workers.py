@@ -27,6 +27,7 @@ from dsdistill.training.optimizer_state import full_weights
 from dsdistill.training.run_directory import CHECKPOINTS, state_of
 from dsdistill.training.schedule import learning_rate
 from dsdistill.training.stage import capture_student
+from dsdistill.training.telemetry import read_metrics
 
 STAGES = (0, 1, 2, 3)
 OFFLOADED = ("zero2_offload", "zero3_offload")
@@ -273,12 +274,18 @@ def check_fp16_stages(content: dict) -> None:
     place = find_place()
     start_processes(place)
     output = Path(content["output"])
-    results = []
+    content["logging"] = {"every_steps": 1, "pictures": 3}
+    results, norms = [], []
     for stage in (*STAGES, *OFFLOADED):
         recipe = check_recipe({**content, "output": str(output / str(stage))}, "test")
         plan = make_plan(recipe, ds_json(stage, fp16=True), place)
         distil(plan, *open_corpus(recipe, plan, place), place, "auto")
         results.append(held_out_at(recipe.output, -1)["total"])
+        told = next(e for e in read_metrics(recipe.output / "metrics.jsonl") if "grad_norm/layer_1" in e)
+        norms.append({name: value for name, value in told.items() if name.startswith("grad_norm/")})
+        assert (recipe.output / "pictures" / "layers.png").is_file(), stage
+    for found in norms:  # the loss scale is gone, and of the first step all stages say the same
+        torch.testing.assert_close(found, norms[0], rtol=0.05, atol=1e-4)
     assert max(results) < 1.02 * min(results), results
 
 
@@ -300,6 +307,7 @@ def check_graphs(content: dict) -> None:
         for name, graphed in (("eager", False), ("graphed", True), ("other dropout", False)):
             recordings.clear()
             loop.seed_dropout = lambda seed, *at, more=name == "other dropout": seed_dropout(seed + more, *at)
+            content["logging"]["pictures"] = 3 if graphed else "never"  # they change and record nothing
             recipe = check_recipe({**content, "output": f"{output}/{stage}-{name}"}, "test")
             plan = make_plan(recipe, ds_json(stage, fp16=True) | {"cuda_graphs": graphed}, place)
             distil(plan, *open_corpus(recipe, plan, place), place, "auto")

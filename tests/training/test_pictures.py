@@ -178,7 +178,7 @@ def test_without_an_interval_pictures_take_a_hundredth_of_the_time(make, capsys)
     gallery = make()
     gallery.at_start()
     assert not gallery.is_due(2, evaluated=True, last=False), "the run has only begun"
-    gallery.began = time.perf_counter() - 101 * (pictures.FIRST_GUESS_S + gallery.spent_s)
+    gallery.began = time.perf_counter() - 101 * (gallery.spent_s + gallery.next_s)
     assert not gallery.is_due(3, evaluated=False, last=False)
     assert gallery.is_due(4, evaluated=True, last=False)
     gallery.show(4)
