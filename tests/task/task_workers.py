@@ -91,6 +91,15 @@ def check_caches(content: dict) -> None:
             torch.testing.assert_close(weights[cache][name], value, rtol=1e-4, atol=1e-4, msg=f"{cache}: {name}")
 
 
+def run_placements(content: dict, placements: list[dict]) -> None:
+    """The same recipe with a live teacher in several places, at ZeRO 2; where the processes are joined once, no `ranks`."""
+    if all("ranks" not in keys for keys in placements):
+        start_processes(find_place())
+    for keys in placements:
+        teacher = {**content["teacher"], "cache": "none", **keys}
+        run(check_task_recipe(at(content, keys["placement"], teacher=teacher), "test"), ds_json(2))
+
+
 def run_recipes(content: dict, output: str) -> None:
     """A few steps of every shipped recipe, of a multi-label task and of a regression."""
     start_processes(find_place())

@@ -85,6 +85,20 @@ def test_cached_signals_train_the_same_student(task_content):
     run_workers(f"{WORKERS}:check_caches", 1, content=task_content)
 
 
+@pytest.mark.slow
+def test_a_student_learns_the_same_wherever_its_teacher_lives(task_content, tmp_path):
+    alone = [{"placement": name} for name in ("resident", "cpu", "zero3")]
+    run_workers(f"{WORKERS}:run_placements", 2, content=task_content, placements=alone)
+    beside = [{"placement": "ranks", "ranks": 1}]
+    run_workers(f"{WORKERS}:run_placements", 3, content=task_content, placements=beside)
+    weights = {
+        name: load_file(tmp_path / f"run-{name}" / "model" / "model.safetensors")
+        for name in ("resident", "cpu", "zero3", "ranks")
+    }
+    for name, tensors in weights.items():
+        assert all(torch.equal(tensors[key], value) for key, value in weights["resident"].items()), name
+
+
 def test_every_shipped_recipe_and_kind_of_task_runs(task_content, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
