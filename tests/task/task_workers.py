@@ -92,7 +92,7 @@ def check_caches(content: dict) -> None:
 
 
 def run_placements(content: dict, placements: list[dict]) -> None:
-    """The same recipe with a live teacher in several places, at ZeRO 2; where the processes are joined once, no `ranks`."""
+    """The same recipe with a live teacher in several places, at ZeRO 2; `ranks` in a call of its own."""
     if all("ranks" not in keys for keys in placements):
         start_processes(find_place())
     for keys in placements:
