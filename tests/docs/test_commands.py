@@ -73,7 +73,7 @@ class Reader:
         """
         program, *arguments = command.words
         known = {
-            "source": self.files,
+            "source": self.source,
             "bash": self.shell,
             "make": self.make,
             "python": self.python,
@@ -90,6 +90,9 @@ class Reader:
     def files(self, arguments: list[str], variables: dict[str, str]) -> None:
         for path in arguments:
             assert Path(path).exists(), f"{path} is not there"
+
+    def source(self, arguments: list[str], variables: dict[str, str]) -> None:
+        assert arguments == [".venv/bin/activate"], "make puts the environment into .venv"
 
     def make(self, arguments: list[str], variables: dict[str, str]) -> None:
         done = subprocess.run(["make", "-n", *arguments], capture_output=True, text=True, check=False)
