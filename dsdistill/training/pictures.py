@@ -235,7 +235,7 @@ class Gallery:
         if self.place.world_size > 1:
             dist.broadcast(answer, 0)
         due = bool(answer.item())  # sync
-        if last and not due and not self.asked:
+        if last and not due and not self.asked and not self.broken:
             self.telemetry.note(
                 f"no pictures: they would have taken more than {SHARE:.0%} of so short a run; logging.pictures: {step} "
                 "draws them nevertheless"
@@ -307,7 +307,8 @@ class Gallery:
         return View(depth, maps, tuple(grams), moved(rows._replace(signals=kept), "cpu"))
 
     def _attention_rows(self) -> Batch:
-        return cut(self.probes.rows, MOST_ATTENTION_TOKENS, MOST_LENGTH)
+        """On the CPU, where layers are compared."""
+        return cut(self.pictures.probes.rows, MOST_ATTENTION_TOKENS, MOST_LENGTH)
 
     def _draw(self, step: int, view: View) -> None:
         from dsdistill.training.drawing import draw_attention, draw_likeness
@@ -328,7 +329,7 @@ class Gallery:
         if self.teacher is not None and view.grams:
             cka = likeness_map(view.grams, self.teacher.grams)
             layers = view.depth, self.teacher.depth
-            kl = divergence_map(view.attention, self.teacher.attention, self._attention_rows().to("cpu"), layers)
+            kl = divergence_map(view.attention, self.teacher.attention, self._attention_rows(), layers)
             for s, t in pairs:
                 scalars[f"likeness/cka_layer_{s}"] = float(cka[s, t])
                 scalars[f"likeness/attention_kl_layer_{s}"] = float(kl[s - 1, t - 1])
