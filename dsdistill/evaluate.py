@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 from dsdistill.corpus.files import write_text
 from dsdistill.locate import Source
 from dsdistill.models.families import drop_pooler, max_length
+from dsdistill.progress import waiting
 from dsdistill.speed import Timing, measure
 
 MODEL, CARD, SPEED = "model", "README.md", "speed.json"
@@ -121,7 +122,8 @@ def measure_model(
     arguments = source.arguments()
     try:
         config = AutoConfig.from_pretrained(**arguments)
-        model = AutoModel.from_pretrained(**arguments, dtype=torch.float32)
+        with waiting(f"loading {source.model}"):
+            model = AutoModel.from_pretrained(**arguments, dtype=torch.float32)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(f"model {source.model!r} cannot be read ({first_line}); give a directory or a name") from error

@@ -51,7 +51,9 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
     directory = fit.output / EXPORT
     if not (directory / BINDING).is_file():
         if dry_run:
-            print(describe_plan(make_plan(fit, ds_json, place), place), flush=True)
+            told = describe_plan(make_plan(fit, ds_json, place), place)
+            if place.is_first:
+                print(told, flush=True)
             return
         if recipe.teacher.ranks is not None:
             raise ValueError(

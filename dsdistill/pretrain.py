@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,7 @@ from dsdistill.plan import Plan, make_plan
 from dsdistill.plan_objectives import missing_head
 from dsdistill.plan_page import describe_plan
 from dsdistill.preflight import preflight
+from dsdistill.progress import note
 from dsdistill.sentence_scores import EncoderSizes, in_training
 from dsdistill.summary import summarize
 from dsdistill.training import run_directory, signals
@@ -63,7 +65,7 @@ def run(recipe: Recipe, ds_json: dict[str, Any], *, resume: Literal["auto", "nev
     place = find_place().with_teachers(recipe.teacher.ranks or 0)
     plan = make_plan(recipe, ds_json, place)
     if place.is_first:
-        print(describe_plan(plan, place), flush=True)
+        print(describe_plan(plan, place), file=None if dry_run else sys.stderr, flush=True)
     if dry_run:
         if place.is_first:
             print(preflight(plan, place), flush=True)
@@ -88,7 +90,7 @@ def open_corpus(recipe: Recipe, plan: Plan[Recipe], place: Place) -> tuple[Corpu
         ValueError: If the corpus is missing, damaged, or was made for another tokenizer.
     """
     if recipe.corpus.prepare is not None:
-        prepare(recipe.corpus.prepare, progress=place.is_first)
+        prepare(recipe.corpus.prepare)
     corpus, held_out = (Corpus.open(recipe.corpus.directory, split) for split in ("train", "held_out"))
     tokenizer = load_tokenizer(recipe.student.tokenizer_source(plan.source))
     corpus.check_tokenizer(tokenizer)
@@ -173,6 +175,7 @@ def distil_watched(
             held_out_teacher=at_once(teacher),
             batches=batches,
             held_out=lambda: held_out_batches(held_out, **data, **batching, rows=recipe.evaluation.rows),
+            num_held_out=min(recipe.evaluation.rows, held_out.num_rows),
             probe=next(iter(held_out_batches(held_out, **data, rows=2, micro_batch=2, rank=0, world_size=1))),
             num_examples=corpus.num_rows,
             pictures=pictures_of(plan, held_out, data, tokenizer, teacher, place),
@@ -249,7 +252,7 @@ def build_models(
         ours, theirs = load_tokenizer(settings.tokenizer_source(plan.source)), load_tokenizer(plan.source)
         shared = change_vocabulary(student, ours, theirs, seed=recipe.seed)
         if place.is_first:
-            print(f"tokenizer  {shared:,} of {len(ours):,} tokens start from the teacher's embeddings", flush=True)
+            note(f"tokenizer  {shared:,} of {len(ours):,} tokens start from the teacher's embeddings")
     if settings.frozen_encoder:
         encoder_of(student).requires_grad_(False)
     if not stage.teacher_wants:

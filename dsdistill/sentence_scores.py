@@ -27,6 +27,7 @@ from dsdistill.models.families import encoder_of
 from dsdistill.models.loading import load_encoder, load_tokenizer
 from dsdistill.models.sentences import SentenceModules, read_sentence_modules, text_length
 from dsdistill.objectives.sentences import Pooling, pool
+from dsdistill.progress import each
 from dsdistill.tasks.examples import Split, read_examples
 from dsdistill.tasks.glue import GLUE
 from dsdistill.tasks.labels import encode_labels
@@ -34,7 +35,7 @@ from dsdistill.tasks.metrics import scores
 from dsdistill.tasks.rows import Rows, evaluation_batches, in_row_order, tokenize_rows
 from dsdistill.tasks.spec import TaskSpec
 from dsdistill.training.dist import Place
-from dsdistill.training.loop import Teacher, answers, over_all_ranks
+from dsdistill.training.loop import Teacher, answers, over_all_ranks, tell_rows
 
 Array = NDArray[Any]
 Embed = Callable[[Rows], Array]
@@ -112,7 +113,8 @@ def in_training(
     probe = Probe(texts=texts, neighbours=settings.neighbours, pairs=pairs, likeness=likeness)
 
     def batches(rows: Rows) -> Iterator[Batch]:
-        return evaluation_batches(rows, micro_batch=micro_batch, rank=place.rank, world_size=place.world_size)
+        found = evaluation_batches(rows, micro_batch=micro_batch, rank=place.rank, world_size=place.world_size)
+        return tell_rows(found, "sentence embeddings", rows.num_rows, place)
 
     def vectors_of(features: Features, layer: int, batch: Batch) -> Tensor:
         return pool(features.at("hidden", layer), batch.mask, sizes.pooling)
@@ -165,7 +167,9 @@ def embedder(source: Source, device: torch.device) -> tuple[Embed, PreTrainedTok
     @torch.no_grad()
     def embed(rows: Rows) -> Array:
         ids, vectors = [], []
-        for batch in evaluation_batches(rows, micro_batch=EMBEDDED_AT_ONCE, rank=0, world_size=1):
+        batches = evaluation_batches(rows, micro_batch=EMBEDDED_AT_ONCE, rank=0, world_size=1)
+        what = f"sentence embeddings of {source.model}"
+        for batch in each(batches, what, rows.num_rows, unit="row", size=lambda batch: len(batch.input_ids)):
             batch = batch.to(device)
             ids.append(batch.sample_ids)
             vectors.append(pool(captured(batch).at("hidden", layers), batch.mask, modules.pooling))

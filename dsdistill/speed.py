@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dsdistill.progress import each
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -96,23 +98,23 @@ def measure(
     dtype = torch.float16 if cuda else torch.float32
     model = model.to(device=device, dtype=dtype).eval()  # pyright: ignore[reportCallIssue] (transformers' stub)
     timings = []
-    for batch in batches:
-        for length in lengths:
-            ids = torch.arange(batch * length, device=device).view(batch, length) % 1000 % model.config.vocab_size
-            mask = torch.ones_like(ids)
-            seconds = seconds_of_calls(partial(model, input_ids=ids, attention_mask=mask), device, budget_s=budget_s)
-            median = statistics.median(seconds)
-            timings.append(
-                Timing(
-                    device=torch.cuda.get_device_name(device) if cuda else "cpu",
-                    dtype=str(dtype).removeprefix("torch."),
-                    threads=0 if cuda else torch.get_num_threads(),
-                    length=length,
-                    batch=batch,
-                    calls=len(seconds),
-                    median_ms=1000 * median,
-                    p90_ms=1000 * statistics.quantiles(seconds, n=10, method="inclusive")[-1],
-                    rows_per_s=batch / median,
-                )
+    settings = [(batch, length) for batch in batches for length in lengths]
+    for batch, length in each(settings, f"measuring speed, {device.type}", len(settings), unit="setting"):
+        ids = torch.arange(batch * length, device=device).view(batch, length) % 1000 % model.config.vocab_size
+        mask = torch.ones_like(ids)
+        seconds = seconds_of_calls(partial(model, input_ids=ids, attention_mask=mask), device, budget_s=budget_s)
+        median = statistics.median(seconds)
+        timings.append(
+            Timing(
+                device=torch.cuda.get_device_name(device) if cuda else "cpu",
+                dtype=str(dtype).removeprefix("torch."),
+                threads=0 if cuda else torch.get_num_threads(),
+                length=length,
+                batch=batch,
+                calls=len(seconds),
+                median_ms=1000 * median,
+                p90_ms=1000 * statistics.quantiles(seconds, n=10, method="inclusive")[-1],
+                rows_per_s=batch / median,
             )
+        )
     return timings

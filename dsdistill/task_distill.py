@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -45,7 +46,7 @@ from dsdistill.training import run_directory, signals
 from dsdistill.training.checkpoint import STUDENT, checkpoint_name
 from dsdistill.training.dist import Place, find_place
 from dsdistill.training.engine import half_precision, processes
-from dsdistill.training.loop import Stage, Teacher, answers
+from dsdistill.training.loop import Stage, Teacher, answers, tell_rows
 from dsdistill.training.one_job import one_job
 from dsdistill.training.pictures import MOST_ROWS, Pictures, Probes, ask_teacher, every_layer, make_probes, moved
 from dsdistill.training.placement import Placed, ahead, lines
@@ -85,10 +86,11 @@ def run(
     tuning = teacher_recipe(recipe)
     tuning_plan = make_task_plan(tuning, task.spec, task.train.num_rows, ds_json, place) if tuning else None
     if place.is_first:
+        to = None if dry_run else sys.stderr  # a plan is a result where nothing else is asked for
         for one in filter(None, (tuning_plan, plan)):
-            print(describe_plan(one, place), flush=True)
-        for note in task.notes:
-            print(f"note       {note}", flush=True)
+            print(describe_plan(one, place), file=to, flush=True)
+        for line in task.notes:
+            print(f"note       {line}", file=to, flush=True)
     if dry_run:
         for one in filter(None, (tuning_plan, plan) if place.is_first else ()):
             print(preflight(one, place), flush=True)
@@ -243,6 +245,7 @@ def train_stage(
                 ),
             ),
             held_out=lambda: evaluation_batches(held_out, **looking),
+            num_held_out=held_out.num_rows,
             probe=probe_of(run),
             num_examples=task.train.num_rows,
             pictures=pictures_of(run, teacher, seen),
@@ -314,7 +317,8 @@ def score(run: TaskRun, stage: StagePlan, engine: DeepSpeedEngine) -> Mapping[st
     looking, told = run.batching(stage, at_least=EVALUATION_ROWS), {}
 
     def batches(split: str, rows: Rows) -> Iterator[Batch]:
-        for number, batch in enumerate(evaluation_batches(rows, **looking)):
+        told = tell_rows(evaluation_batches(rows, **looking), f"scores of {split}", rows.num_rows, run.place)
+        for number, batch in enumerate(told):
             run.watchdog.at(f"scores of {split}, batch {number}")
             yield batch
 

@@ -22,6 +22,7 @@ from dsdistill.models.export import export_student, rebuild
 from dsdistill.models.families import encoder_of
 from dsdistill.models.loading import head_of, load_config, load_tokenizer
 from dsdistill.models.student import restore_dropout
+from dsdistill.progress import each
 from dsdistill.summary import size_of
 from dsdistill.task_teacher import EVALUATION_ROWS, Signals, TaskRun, labels_of
 from dsdistill.tasks.metrics import majority_baseline, predict, scores
@@ -116,7 +117,9 @@ def outputs_of(run: TaskRun, model: PreTrainedModel, rows: Rows) -> np.ndarray:
     device = run.place.device
     captured = Captured(model, {"logits": (-1,)}).to(device).eval()
     ids, outputs = [], []
-    for number, batch in enumerate(evaluation_batches(rows, micro_batch=EVALUATION_ROWS, rank=0, world_size=1)):
+    batches = evaluation_batches(rows, micro_batch=EVALUATION_ROWS, rank=0, world_size=1)
+    told = each(batches, "scoring", rows.num_rows, unit="row", size=lambda batch: len(batch.input_ids))
+    for number, batch in enumerate(told):
         run.watchdog.at(f"scores, batch {number}")
         ids.append(batch.sample_ids)
         outputs.append(captured(batch.to(device)).logits.float())

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dsdistill.config.recipe import TaskRecipe, check_task_recipe
@@ -30,6 +29,7 @@ from dsdistill.models.loading import (
 )
 from dsdistill.models.teacher import weights_checksum
 from dsdistill.plan import Plan, StagePlan, teacher_outputs
+from dsdistill.progress import Progress
 from dsdistill.tasks.augment import MaskedLM, augment_rows
 from dsdistill.tasks.metrics import predict
 from dsdistill.tasks.rows import Rows, evaluation_batches
@@ -38,7 +38,7 @@ from dsdistill.tasks.task import Task
 from dsdistill.tasks.vectors import model_vectors, read_vectors
 from dsdistill.training.dist import Place, Vote, wait_for_all
 from dsdistill.training.engine import half_precision
-from dsdistill.training.loop import Teacher
+from dsdistill.training.loop import Teacher, tell_rows
 from dsdistill.training.one_job import one_job
 from dsdistill.training.placement import Placed, at_once
 from dsdistill.training.signal_cache import SignalCache
@@ -198,13 +198,16 @@ def augment(run: TaskRun, complete: PreTrainedModel) -> TaskRun:
     vote = Vote(place)
 
     def at(row: int) -> None:
+        progress.to(row)
         run.watchdog.at(f"augmentation from row {row}")
         if vote.count():
             raise StoppedError(f"stopped after augmentation of {row} rows, which are not kept")
         vote.cast(received() is not None)
 
     texts = {"seed": run.recipe.seed, "vectors": vectors, "masked_lm": masked_lm}
-    more = augment_rows(run.task, run.tokenizer, settings, **texts, at=at)
+    with Progress("augmentation", len(run.task.texts), unit="row") as progress:
+        more = augment_rows(run.task, run.tokenizer, settings, **texts, at=at)
+        progress.to(len(run.task.texts))
     vote.count()  # the next who asks will know
     return replace(run, task=replace(run.task, train=run.task.train.extended(more)))
 
@@ -281,16 +284,10 @@ def fill(
     teacher = at_once(run.placed(missing, dtype))
     assert teacher is not None
     spread = run.batching(run.plan.stages[0], at_least=EVALUATION_ROWS)
-    total = -(-rows.num_rows // (spread["micro_batch"] * run.place.world_size))
-    batches = tqdm(
-        until_stopped(evaluation_batches(rows, **spread), run.place, f"teacher signals, {split}"),
-        desc=f"teacher signals, {split}",
-        total=total,
-        unit="batch",
-        delay=2,
-        disable=None if run.place.is_first else True,
-    )
-    cache.fill(teacher, batches, run.place, first_alone=run.watchdog.first_alone, at=run.watchdog.at)
+    what = f"teacher signals, {split}"
+    batches = until_stopped(evaluation_batches(rows, **spread), run.place, what)
+    told = tell_rows(batches, what, rows.num_rows, run.place)
+    cache.fill(teacher, told, run.place, first_alone=run.watchdog.first_alone, at=run.watchdog.at)
 
 
 def until_stopped(batches: Iterable[Batch], place: Place, doing: str) -> Iterator[Batch]:

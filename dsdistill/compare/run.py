@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dsdistill.compare.kinds import is_done, plain
 from dsdistill.compare.report import read_speeds, write_report, write_speeds
 from dsdistill.compare.scores import primary, shape_name, shapes_of
 from dsdistill.compare.workers import Machine, Outcome, Workers
+from dsdistill.progress import Progress, note
 from dsdistill.training import signals
 
 SPEED_LENGTH, SPEED_BATCHES = 128, (1, 32)
@@ -99,7 +99,7 @@ def failures(grid: Grid, cells: Iterable[Run]) -> int:
 
 def _do(grid: Grid, runs: Sequence[Run], ds_json: dict[str, Any], machine: Machine) -> list[Outcome]:
     """Run, tell and record."""
-    settings, outcomes, start = grid.settings, list[Outcome](), time.monotonic()
+    settings, outcomes = grid.settings, list[Outcome]()
     print(f"{len(runs)} runs to do, {min(machine.jobs, len(runs))} at a time", file=sys.stderr, flush=True)
 
     def end(outcome: Outcome) -> None:
@@ -112,17 +112,14 @@ def _do(grid: Grid, runs: Sequence[Run], ds_json: dict[str, Any], machine: Machi
                 keep_shape(outcome.run.directory, settings.output, shape_name("student", line["student"]))
         if outcome.error is None:
             tidy(outcome.run.directory, settings.keep if outcome.run.axes else "models")
-        left = len(runs) - len(outcomes)
-        minutes = (time.monotonic() - start) / len(outcomes) * left / 60
-        print(
+        note(
             f"[{len(outcomes)}/{len(runs)}] {outcome.run.id}: {'FAILED, ' * (outcome.error is not None)}"
-            f"{told or 'done'}, {outcome.seconds:.0f} s" + (f"; about {minutes:.0f} min left" if left else ""),
-            file=sys.stderr,
-            flush=True,
+            f"{told or 'done'}, {outcome.seconds:.0f} s"
         )
+        progress.to(len(outcomes))
 
     if runs:
-        with signals.deferred():
+        with signals.deferred(), Progress("runs", len(runs), unit="run", beats=True) as progress:
             Workers(machine, ds_json, settings.output / "logs", settings.cell_timeout_s).do(runs, end)
     return outcomes
 

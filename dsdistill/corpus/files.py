@@ -12,6 +12,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from dsdistill.progress import waiting
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -101,5 +103,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256_of(path: Path) -> str:
     """Checksum of a file's content."""
-    with path.open("rb") as file:
+    with waiting(f"checksum of {path}"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsdistill.corpus.files import sha256_of, write_text
+from dsdistill.progress import each
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -105,7 +106,7 @@ def check_shards(directory: Path, manifest: Manifest, *, verify: bool) -> None:
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     known = {} if verify else _read_stamp(directory)
     stamp: dict[str, list[object]] = {}
-    for shard in shards:
+    for shard in each(shards, f"checking {directory}", sum(shard.bytes for shard in shards), unit="B", size=_bytes_of):
         path = directory / shard.file
         if not path.is_file():
             raise ValueError(f"{path}: this shard of the corpus is missing; prepare the corpus again")
@@ -119,6 +120,10 @@ def check_shards(directory: Path, manifest: Manifest, *, verify: bool) -> None:
             raise ValueError(f"{path}: altered (its checksum is not the manifest's); prepare the corpus again")
     if stamp != known:
         _write_stamp(directory, stamp)
+
+
+def _bytes_of(shard: ShardRecord) -> int:
+    return shard.bytes
 
 
 def _read_stamp(directory: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from dsdistill.corpus.manifest import (
     write_manifest,
 )
 from dsdistill.corpus.packing import RowBuilder, Rows, Shape, join_rows
-from dsdistill.corpus.progress import Progress
+from dsdistill.corpus.progress import Reading
 from dsdistill.corpus.settings import CorpusSettings
 from dsdistill.corpus.shards import write_shard
 from dsdistill.corpus.sources import Source, find_sources, read_documents, text_hash
@@ -164,21 +164,22 @@ class _Preparation:
         digests, finished = self._restore()
         processes = self.settings.processes or len(os.sched_getaffinity(0))
         with (
-            Progress(self.settings, self.sources, shown=progress) as bar,
+            Reading("preparing corpus", self.settings, self.sources, shown=progress) as bar,
             TokenizerPool(self.backend, processes) as pool,
         ):
-            digest = hashlib.sha256()
-            chunks = () if finished else self._chunks(digests)
+            digest, num_tokens = hashlib.sha256(), sum(self.tokens.values())
+            chunks = () if finished else self._chunks(digests, bar)
             for chunk, tokens in pool.map(chunks, lambda chunk: chunk.texts):
                 digest.update(np.array(chunk.hashes, np.uint64).tobytes())
                 self._add(chunk, tokens)
-                bar.update(chunk.bytes_read, sum(self.documents.values()), len(tokens.ids))
+                num_tokens += len(tokens.ids)
+                bar.at(chunk.bytes_read, sum(self.documents.values()), num_tokens)
                 if chunk.closes_part:
                     self._write_part(chunk, digest.hexdigest())
                     digest = hashlib.sha256()
         self._finish()
 
-    def _chunks(self, digests: list[str]) -> Iterator[_Chunk]:
+    def _chunks(self, digests: list[str], bar: Reading) -> Iterator[_Chunk]:
         """Chunks of the documents that are in no finished part; those in finished parts are only compared."""
         meter, digest = Meter(), hashlib.sha256()
         part, part_bytes, chunk_bytes = 0, 0, 0
@@ -196,6 +197,7 @@ class _Preparation:
                 else:
                     digest.update(np.array(chunk.hashes, np.uint64).tobytes())
                     self._compare(part, digests[part], digest.hexdigest() if chunk.closes_part else digests[part])
+                    bar.at(meter.done, sum(self.documents.values()))
                 if chunk.closes_part:
                     part, part_bytes, digest = part + 1, 0, hashlib.sha256()
                 chunk, chunk_bytes = _Chunk(part), 0

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from dsdistill.corpus.lines import Meter
+from dsdistill.corpus.progress import Reading
 from dsdistill.corpus.settings import CorpusSettings
-from dsdistill.corpus.sources import find_sources, read_documents
+from dsdistill.corpus.sources import Source, find_sources, read_documents
 from dsdistill.corpus.tokenizing import load_tokenizer
 
 Kind = Literal["wordpiece", "unigram", "bpe"]
@@ -43,7 +44,9 @@ def train_tokenizer(
         raise ValueError(f"the tokenizer of {settings.tokenizer} has no {', '.join(lacking)}; use an encoder's")
     special = sorted(set(names.values()), key=like.convert_tokens_to_ids)
     tokenizer, trainer = _untrained(kind, vocab_size, special, names["unk_token"], lowercase)
-    tokenizer.train_from_iterator(_texts(settings), trainer)
+    sources = find_sources(settings)
+    with Reading("training tokenizer", settings, sources, beats=True) as progress:
+        tokenizer.train_from_iterator(_texts(settings, sources, progress), trainer)
     cls, sep = names["cls_token"], names["sep_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}",
@@ -75,5 +78,10 @@ def _untrained(
     return tokenizer, trainers.BpeTrainer(**shared)
 
 
-def _texts(settings: CorpusSettings) -> Iterator[str]:
-    return itertools.islice(read_documents(find_sources(settings), settings, Meter()), settings.max_documents)
+def _texts(settings: CorpusSettings, sources: list[Source], progress: Reading) -> Iterator[str]:
+    meter = Meter()
+    documents = itertools.islice(read_documents(sources, settings, meter), settings.max_documents)
+    for number, text in enumerate(documents, 1):
+        yield text
+        progress.at(meter.done, number)
+    progress.to(progress.done, "text is read, choosing tokens")

@@ -15,6 +15,7 @@ from dsdistill.models.capture import ATTENTION
 from dsdistill.models.families import drop_pooler, encoder_of
 from dsdistill.models.loading import Head, auto_class, head_of
 from dsdistill.models.sentences import read_sentence_modules, write_sentence_modules
+from dsdistill.progress import waiting
 
 
 def save_skeleton(student: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
@@ -72,6 +73,13 @@ def export_student(
     Raises:
         RuntimeError: If the reloaded model computes something else.
     """
+    with waiting(f"exporting to {directory}"):
+        _export(model, tokenizer, directory, card, teacher)
+
+
+def _export(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path, card: str, teacher: Source | None
+) -> None:
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

@@ -32,6 +32,7 @@ from dsdistill.core import Problem
 from dsdistill.locate import Source
 from dsdistill.models.families import FAMILIES, encoder_of, family_of
 from dsdistill.models.recorder import ATTENTION
+from dsdistill.progress import waiting
 
 
 def load_config(source: Source) -> PreTrainedConfig:
@@ -173,7 +174,8 @@ def load_masked_lm(source: Source, *, device: torch.device) -> PreTrainedModel:
 def reading_weights(source: Source) -> Iterator[None]:
     """Within, weights are read: what is wrong with their file becomes a sentence."""
     try:
-        yield
+        with waiting(f"loading {source.model}"):
+            yield
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"model {source.model!r}: its file of weights holds more than tensors and was not loaded: it may run code; "

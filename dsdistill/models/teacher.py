@@ -13,6 +13,7 @@ from dsdistill.core import Batch, Features
 from dsdistill.models.capture import Captured, Wanted
 from dsdistill.models.families import drop_pooler, encoder_of, truncate
 from dsdistill.models.joined import join_projections
+from dsdistill.progress import each
 
 
 def frozen(model: PreTrainedModel, wanted: Wanted, *, dtype: torch.dtype) -> Captured:
@@ -81,7 +82,7 @@ def weights_checksum(module: nn.Module) -> str:
 def checksum_of(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of named tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name, tensor in each(sorted(state.items()), "checksum of weights", len(state), unit="tensor"):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -18,6 +18,7 @@ from torch import Tensor
 from dsdistill.config.recipe import Pace, RunSettings
 from dsdistill.core import NOTHING, Batch, Features, ModelShape, Problem
 from dsdistill.models.capture import Captured
+from dsdistill.progress import each
 from dsdistill.training import signals
 from dsdistill.training.ahead import Asked
 from dsdistill.training.dist import Place, Vote, gather_rows
@@ -54,6 +55,7 @@ class Stage:
         batches: Micro-batches of this rank from a step on, without end before `pace.optimization.steps`.
         held_out: A fresh pass over this rank's held-out micro-batches, equally many on each rank.
         probe: A few held-out rows, to find which parameters the loss reaches.
+        num_held_out: Rows that `held_out` gives, over all ranks.
         num_examples: Training rows.
         score: Numbers of a task from the student's answers, or None; every rank calls it.
         pictures: What pictures are made of; None for none.
@@ -75,6 +77,7 @@ class Stage:
     held_out_teacher: Teacher | None
     batches: Callable[[int], Iterable[Batch]]
     held_out: Callable[[], Iterable[Batch]]
+    num_held_out: int
     probe: Batch
     num_examples: int
     score: Callable[[DeepSpeedEngine], Mapping[str, float]] | None = None
@@ -156,6 +159,8 @@ def train(attempt: Attempt) -> None:
             if not overflowed:
                 check_gradients(math.nan if skipped else norm, told, step=done)
             logged, tokens = done, 0
+        else:
+            telemetry.step(done)
         if evaluates:
             evaluate_now(attempt, done)
         draws = draw_now(attempt, done, evaluated=evaluates)
@@ -243,7 +248,8 @@ def evaluate_now(attempt: Attempt, step: int) -> None:
     stage = attempt.stage
 
     def batches() -> Iterator[Batch]:
-        for number, batch in enumerate(stage.held_out()):
+        told = tell_rows(stage.held_out(), "held-out objective", stage.num_held_out, attempt.place)
+        for number, batch in enumerate(told):
             attempt.watchdog.at(f"step {step}, held-out batch {number}")
             yield batch
 
@@ -262,6 +268,11 @@ def draw_now(attempt: Attempt, step: int, *, evaluated: bool) -> bool:
     if due:
         gallery.show(step)
     return due
+
+
+def tell_rows(batches: Iterable[Batch], what: str, num_rows: int, place: Place) -> Iterator[Batch]:
+    """The same batches of this rank, and how many of all ranks' rows they are so far."""
+    return each(batches, what, num_rows, unit="row", size=lambda batch: len(batch.input_ids) * place.world_size)
 
 
 @torch.no_grad()

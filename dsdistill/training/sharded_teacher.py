@@ -21,6 +21,7 @@ from dsdistill.core import Batch, Features
 from dsdistill.models.capture import Wanted
 from dsdistill.models.families import layer_class
 from dsdistill.models.teacher import checksum_of, frozen
+from dsdistill.progress import waiting
 from dsdistill.training.dist import Place
 from dsdistill.training.engine import start_zero
 
@@ -54,10 +55,11 @@ class ShardedTeacher:
                 setattr(module, name, buffer.to(place.device))
         offload = "nvme" if self.disk is not None else None
         # the precision comes from the JSON: given as an argument, DeepSpeed 0.19.8 takes bf16 on a CPU whatever it is
-        deepspeed.zero.Init(
-            module=captured, config_dict_or_path=config, remote_device=offload, pin_memory=offload is not None
-        )
-        self.engine = start_zero(captured, config)
+        with waiting(f"spreading the teacher's weights{f' to {nvme}' if nvme is not None else ''}"):
+            deepspeed.zero.Init(
+                module=captured, config_dict_or_path=config, remote_device=offload, pin_memory=offload is not None
+            )
+            self.engine = start_zero(captured, config)
         self.engine.eval()
         self._forward = captured
 

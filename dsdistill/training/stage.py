@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from dsdistill.core import NOTHING
 from dsdistill.models.capture import Captured, Wanted
 from dsdistill.models.teacher import ResidentTeacher
+from dsdistill.progress import waiting
 from dsdistill.training import run_directory
 from dsdistill.training.checkpoint import HEADS, STUDENT, SaveError, load_optimizer, load_weights, save_checkpoint
 from dsdistill.training.dist import Place, gather_rows
@@ -80,7 +81,8 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
     if stage.engine_config.get("cuda_graphs") and place.device.type == "cuda":
         stage = record_graphs(stage, distiller, notes)
     watchdog.at("start of the engine")
-    engine = start_engine(distiller, stage.pace.optimization, stage.engine_config, place)
+    with waiting("starting the engine"):
+        engine = start_engine(distiller, stage.pace.optimization, stage.engine_config, place)
     first_step, last_step = 0, stage.pace.optimization.steps
     if stage.checkpoint is not None:
         load_optimizer(engine, modules, stage.checkpoint)
@@ -101,7 +103,8 @@ def run_stage(stage: Stage, place: Place, watchdog: Watchdog) -> None:
         state = run_directory.state_of(step, stage.recipe, stage.engine_config, place)
         directory, settings = stage.directory / run_directory.CHECKPOINTS, stage.pace.checkpoint
         try:
-            save_checkpoint(engine, modules, directory, state, keep=settings.keep)
+            with waiting(f"saving step {step}"):
+                save_checkpoint(engine, modules, directory, state, keep=settings.keep)
         except SaveError as error:
             if settings.on_failure == "stop" or step == last_step:
                 raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,8 +20,8 @@ import torch.distributed as dist
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] (protobuf makes it)
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+from dsdistill import progress
 from dsdistill.core import Losses
 from dsdistill.training.dist import Place
 
@@ -147,9 +146,9 @@ class Telemetry:
         self.place = place
         self.tokens_at_peak = tokens_at_peak
         self.directory, self.last_step = directory, last_step
+        self.steps: progress.Progress | None = None
         self.writer: SummaryWriter | None = None
         self.unwritable: set[str] = set()
-        self.bar: tqdm | None = None
         self.stopwatch = Stopwatch(place.device)
         self.sums = LossSums(place.device)
         self.since = time.perf_counter()
@@ -159,8 +158,6 @@ class Telemetry:
             with self._going_on("TensorBoard"):
                 self.writer = tensorboard_writer(directory / "tensorboard", first_step)
                 self.writer.add_custom_scalars(LAYOUT)
-            terminal = sys.stderr.isatty()
-            self.bar = tqdm(total=last_step, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
 
     def training(self, step: int, tokens: int, steps: int, extra: Mapping[str, float]) -> dict[str, float]:
         """Report an interval of training; every rank must call this.
@@ -184,27 +181,25 @@ class Telemetry:
             scalars["throughput/mfu"] = scalars["throughput/tokens_per_s"] / self.tokens_at_peak
         scalars |= memory_scalars(self.place.device)
         self._write("train", step, scalars)
-        if self.bar is not None:
-            self._progress(step, scalars)
+        rate = scalars["throughput/tokens_per_s"]
+        self.step(step, f"loss {scalars['loss/total']:.4f}, {rate:,.0f} tokens/s")
         return scalars
 
-    def _progress(self, step: int, scalars: Mapping[str, float]) -> None:
-        assert self.bar is not None
-        rate = scalars["throughput/tokens_per_s"]
-        if not self.bar.disable:
-            self.bar.set_postfix_str(f"loss {scalars['loss/total']:.4f}, {rate:,.0f} tokens/s")
-            self.bar.update(step - self.bar.n)
-            return
-        left = (self.last_step - step) * scalars["time/step_time_s"]
-        self.note(
-            f"step {step}/{self.last_step}  loss {scalars['loss/total']:.4f}  {rate:,.0f} tokens/s  {left:.0f} s left"
-        )
+    def step(self, done: int, numbers: str | None = None) -> None:
+        """Show how far training is; the clock starts at the first step that is done, which takes longer than others."""
+        if self.steps is None:
+            self.steps = progress.Progress(
+                "training", self.last_step, unit="step", start=done, shown=self.place.is_first
+            )
+        self.steps.to(done, numbers)
+        if done == self.last_step:
+            self.steps.close()
 
     def evaluation(self, step: int, losses: Mapping[str, float], scores: Mapping[str, float]) -> None:
         """Report the objectives on held-out rows, and a task's scores."""
         scalars = {f"held_out/{name}": value for name, value in losses.items()}
         self._write("held_out", step, scalars | {f"score/{name}": value for name, value in scores.items()})
-        if self.bar is not None:
+        if self.place.is_first:
             terms = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name != "total")
             told = "".join(f"  {name} {value:.4f}" for name, value in scores.items())
             self.note(f"step {step}/{self.last_step}  held-out objective {losses['total']:.4f} ({terms}){told}")
@@ -235,8 +230,7 @@ class Telemetry:
     def note(self, line: str) -> None:
         """A line for people, without breaking the bar."""
         if self.place.is_first:
-            tqdm.write(line, file=sys.stderr)
-            sys.stderr.flush()
+            progress.note(line)
 
     def pause(self) -> None:
         """Leave out of the step time what happened since the last report (evaluation, checkpoints)."""
@@ -272,8 +266,8 @@ class Telemetry:
         with self._going_on("TensorBoard"):
             if self.writer is not None:
                 self.writer.close()
-        if self.bar is not None:
-            self.bar.close()
+        if self.steps is not None:
+            self.steps.close()
 
 
 def _image(name: str, png: bytes) -> Any:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from dsdistill.training.dist import free_port
+from dsdistill.training.telemetry import read_metrics
 from tests.faults.warm import Warm
 from tests.workers import ROOT, environment, run_workers
 
@@ -70,6 +71,7 @@ class Job:
         command += ["--recipe", str(recipe), *(part for setting in settings for part in ("--set", setting))]
         command += flags
         port = free_port()
+        self.began = time.time()
         self.logs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 (read until the end)
         self.processes = [
             warm.start(command, environment(rank, world_size, port), self.logs[rank])
@@ -88,6 +90,11 @@ class Job:
     def output(self, rank: int) -> str:
         self.logs[rank].seek(0)
         return self.logs[rank].read()
+
+    def steps(self, directory: Path) -> list[int]:
+        """Steps that this job, and no earlier one, has logged in the directory of a run or of a stage."""
+        entries = read_metrics(directory / "metrics.jsonl")
+        return [entry["step"] for entry in entries if entry["kind"] == "train" and entry["time"] > self.began]
 
     def wait_until(self, happened: Callable[[], bool], timeout: float = 100) -> None:
         deadline = time.monotonic() + patience(timeout)

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import time
 from pathlib import Path
 
@@ -15,15 +14,9 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]
 OFTEN = (*LONG, "checkpoint.every_steps=2")
 
 
-def last_step(job: Job) -> int:
-    """The last step that the first rank has told, 0 if none."""
-    told = re.findall(rf"step (\d+)/{STEPS}  loss", job.output(0))
-    return int(told[-1]) if told else 0
-
-
 def kill_at(job: Job, step: int, draw: random.Random, checkpoints: Path, while_saving: bool, one_rank: bool) -> None:
     """Wait for training to begin and for a step, then for a moment, and kill."""
-    job.wait_until(lambda: last_step(job) >= max(1, step))
+    job.wait_until(lambda: max(job.steps(checkpoints.parent), default=0) >= max(1, step))
     time.sleep(draw.uniform(0, 0.1))
     if while_saving:
         finished = lambda: any(process.poll() is not None for process in job.processes)  # noqa: E731

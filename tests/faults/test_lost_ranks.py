@@ -21,7 +21,7 @@ def test_ranks_that_stand_still_or_die_are_named_and_nobody_stays(recipe_file, t
     settings = (*LONG, f"output={run}", "checkpoint.every_steps=10", "faults.hang_timeout_s=8")
     for number in numbers:
         job = Job(recipe_file, *settings, "logging.every_steps=1", world_size=2)
-        job.wait_until(lambda job=job: f"/{STEPS}  loss" in job.output(0))
+        job.wait_until(lambda job=job: job.steps(run))
         job.processes[lost].send_signal(number)
         start = time.monotonic()
         left = job.processes[1 - lost].wait(40)

@@ -36,7 +36,7 @@ def test_a_signal_saves_a_step_and_the_run_goes_on_to_the_same_weights(
     settings = (*RARELY_SAVED, f"output={run}")
     for number in numbers:
         job = Job(recipe_file, *settings, world_size=world_size, warm=warm)
-        job.wait_until(lambda job=job: f"/{STEPS}  loss" in job.output(0))
+        job.wait_until(lambda job=job: job.steps(run))
         os.killpg(job.processes[-1].pid, number)  # one rank and its workers, as a launcher does
         assert job.codes() == [3] * world_size, job.tails()
         assert number.name in job.output(world_size - 1)

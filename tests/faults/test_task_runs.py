@@ -64,9 +64,9 @@ def assert_same_models(one: Path, other: Path) -> None:
     assert (one / "predictions" / "dev.tsv").read_bytes() == (other / "predictions" / "dev.tsv").read_bytes()
 
 
-def wait_for_steps(job: Job, stage: str) -> None:
-    """Until some steps of a stage are done."""
-    job.wait_until(lambda: job.output(0).partition(f"stage {stage}")[2].count("  loss ") > 8)
+def wait_for_steps(job: Job, directory: Path, stage: str) -> None:
+    """Until some steps of a stage are done, of the run or the teacher that lie in a directory."""
+    job.wait_until(lambda: any(len(job.steps(found)) > 8 for found in directory.glob(f"**/*-{stage}")))
 
 
 def wait_for_signals(job: Job) -> None:
@@ -115,7 +115,7 @@ def test_a_run_on_a_task_survives_a_fault_in_each_of_its_parts(start, tmp_path, 
         return start(run, world_size=world_size, stage=stage)
 
     now = job()
-    wait_for_steps(now, "fine-tuning")
+    wait_for_steps(now, run.parent, "fine-tuning")
     stop(now, signal.SIGTERM)
     assert "of 30 steps are done and saved" in now.output(0)
     assert len(list(teacher_of(run).glob("1-fine-tuning/checkpoints/step-*"))) == 1
@@ -128,12 +128,12 @@ def test_a_run_on_a_task_survives_a_fault_in_each_of_its_parts(start, tmp_path, 
     stop(now, signal.SIGUSR1)
     assert not (run / "1-intermediate" / "metrics.jsonl").exists() or "0 of 30 steps" in now.output(0)
     now = job()
-    wait_for_steps(now, "intermediate")
+    wait_for_steps(now, run.parent, "intermediate")
     now.kill()
     (damaged,) = (run / "1-intermediate" / "checkpoints").glob("step-*")
     flip_a_bit(damaged)
     now = job()
-    wait_for_steps(now, "prediction")
+    wait_for_steps(now, run.parent, "prediction")
     assert f"{damaged.name}: student.safetensors has changed" in now.output(0)
     assert "going back to the beginning" in now.output(0)
     stop(now, signal.SIGTERM)
@@ -150,7 +150,7 @@ def test_jobs_that_want_the_same_teacher_wait_for_each_other_but_not_for_the_dea
     """The second job is stopped while it waits, started again, and goes on with the teacher of a killed first."""
     runs = [tmp_path / "shared" / name for name in ("one", "other")]
     first = start(runs[0])
-    wait_for_steps(first, "fine-tuning")
+    wait_for_steps(first, runs[0].parent, "fine-tuning")
     first.processes[0].send_signal(signal.SIGSTOP)  # holds the lock
     second = start(runs[1], "faults.hang_timeout_s=2")
     second.wait_until(lambda: "waiting for another job" in second.output(0))

@@ -66,7 +66,7 @@ def test_text_to_tokenizer_to_student(text, teacher_directory, recipe_content, t
         make_plan(check_recipe(recipe_content, "test"), JSON, find_place())
     recipe_content["objectives"] = [{"objective": "mlm"}]
     run(check_recipe(recipe_content, "test"), JSON, resume="never", dry_run=False)
-    assert "tokens start from the teacher's embeddings" in capsys.readouterr().out
+    assert "tokens start from the teacher's embeddings" in capsys.readouterr().err
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     assert model(**tokenizer("a great film", return_tensors="pt")).logits.shape[-1] == len(tokenizer) <= 90

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dsdistill import progress
 from dsdistill.core import Losses
 from dsdistill.summary import held_out_at
 from dsdistill.training.dist import Place
@@ -90,14 +91,16 @@ def test_training_goes_on_without_tensorboard_and_says_so_once(tmp_path, capsys,
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 59
 
 
-def test_lines_are_plain_without_a_terminal(tmp_path, capsys):
+def test_lines_are_plain_without_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_S", 0.0)
     telemetry = Telemetry(tmp_path, PLACE, first_step=0, last_step=10)
     telemetry.sums.add(losses(1.0, 2.0), 1)
+    telemetry.step(4)
     telemetry.training(5, 640, 5, {"optimization/learning_rate": 0.1})
     telemetry.evaluation(5, {"total": 3.0, "first": 1.0}, {"dev/accuracy": 0.5})
     telemetry.close()
     shown = capsys.readouterr()
-    assert "step 5/10  loss 3.0000" in shown.err
+    assert re.search(r"^training:  50% 5/10 \[.*step.*, loss 3.0000, [\d,]+ tokens/s\]$", shown.err, re.MULTILINE)
     assert "held-out objective 3.0000 (first 1.0000)" in shown.err
     assert shown.out == ""
     kinds = [entry["kind"] for entry in read_metrics(tmp_path / "metrics.jsonl")]
