@@ -18,7 +18,7 @@ PATHS := dsdistill launch tests benchmarks docs
 DOCS := DS_ACCELERATOR=cpu NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build
 
 quickstart: .venv/installed
-	PATH="$(CURDIR)/.venv/bin:$$PATH" deepspeed --log_level warning launch/pretrain_distill.py --ds_config ds_configs/zero2.json
+	PATH="$(CURDIR)/.venv/bin:$$PATH" deepspeed --log_level error launch/pretrain_distill.py --ds_config ds_configs/zero2.json
 
 test: .venv/installed
 	.venv/bin/python -m pytest -m "not slow"

@@ -6,76 +6,74 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsdistill.command import BAD_INPUT, FAULT
+from dsdistill.command import FAULT, exit_code, make_parser, quiet_libraries
 from dsdistill.training import signals
 
 DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero0.json"
-EPILOG = """\
+WHAT = """\
+Run a grid of recipes and compare them.
+
 A grid file names axes (objectives, initialisations, tasks, seeds, or any recipe key); every combination is a cell. What
 is done is skipped, what failed is told and left (see --retry_failed), and the same command goes on after a kill.
-Written into the grid's output: results.jsonl (a line per cell), table.md, scores.png, score_by_speed.png, logs/.
-
-examples:
-  python launch/compare.py --grid launch/recipes/grids/default_teacher.yaml --dry_run
-  python launch/compare.py --grid GRID --axis task cola mrpc --axis seed 7 8 --set 'stages.*.optimization.epochs=1'
-  sbatch --array=0-95 --export=ALL,GRID=GRID launch/slurm/task_array.sbatch
-
-exit codes:
-  0  done    1  some cells failed (results.jsonl says why)    2  bad input, nothing was started
-  3  stopped by Ctrl-C, SIGTERM or SIGUSR1: running cells saved their last step; a second Ctrl-C stops at once
+Written into the grid's output: results.jsonl (a line per cell), table.md, scores.png, score_by_speed.png, logs/."""
+EXAMPLES = r"""
+python launch/compare.py --grid launch/recipes/grids/default_teacher.yaml --dry_run
+python launch/compare.py --grid launch/recipes/grids/default_teacher.yaml --axis task cola mrpc --axis seed 7 8 \
+    --set 'stages.*.optimization.epochs=1'
 """
+ARRAY = "One task of a SLURM array runs one cell: the head of launch/slurm/task_array.sbatch says how to start it."
 
 
-def parse_arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Run a grid of recipes and compare them.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    found = make_parser(
+        WHAT,
+        EXAMPLES,
+        fault="some cells failed (results.jsonl says why), or a fault",
+        stopped="stopped by Ctrl-C, SIGTERM or SIGUSR1: running cells saved their last step, and the same command goes "
+        "on from there; a second Ctrl-C stops at once",
+        more=ARRAY,
     )
-    parser.add_argument("--grid", required=True, type=Path, help="YAML")
-    parser.add_argument("--ds_config", type=Path, help=f"DeepSpeed JSON; the grid's, or {DS_CONFIG.name}, by default")
-    parser.add_argument("--output", type=Path, help="directory to write to instead of the grid's")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a recipe value in all cells"
+    cells = found.add_argument_group("what is compared")
+    cells.add_argument("--grid", required=True, type=Path, help="YAML")
+    cells.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change a recipe value in all cells; may be repeated",
     )
-    parser.add_argument(
+    cells.add_argument(
         "--axis",
         action="append",
         default=[],
         nargs="+",
         metavar="AXIS VALUE",
-        help="other values for an axis, or only some of its labels",
+        help="other values for an axis, or only some of its labels; may be repeated",
     )
-    parser.add_argument("--jobs", type=int, help="runs at a time; by default one per two cores, one to four per GPU")
-    parser.add_argument("--retry_failed", action="store_true", help="run cells again that failed before")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry_run", "--list", action="store_true", help="check everything, list the cells, run nothing")
-    what.add_argument("--cell", type=int, metavar="I", help="only this cell and what it needs (an array task)")
-    what.add_argument("--prerequisites", action="store_true", help="only what cells need first, such as teachers")
-    what.add_argument("--report", action="store_true", help="only write table and plots from the results file")
-    parser.add_argument("--kinds", default="dsdistill.compare.kinds:KINDS", help=argparse.SUPPRESS)  # for tests
-    return parser.parse_args()
+    cells.add_argument("--output", type=Path, help="directory to write to instead of the grid's")
+    how = found.add_argument_group("how it runs")
+    how.add_argument("--ds_config", type=Path, help=f"DeepSpeed JSON; by default the grid's, or {DS_CONFIG.name}")
+    how.add_argument("--jobs", type=int, help="runs at a time; by default one per two cores, one to four per GPU")
+    how.add_argument("--retry_failed", action="store_true", help="run cells again that failed before")
+    part = found.add_argument_group("instead of running all").add_mutually_exclusive_group()
+    part.add_argument("--dry_run", "--list", action="store_true", help="check everything, list the cells, run nothing")
+    part.add_argument("--cell", type=int, metavar="I", help="only this cell and what it needs (an array task)")
+    part.add_argument("--prerequisites", action="store_true", help="only what cells need first, such as teachers")
+    part.add_argument("--report", action="store_true", help="only write table and plots from the results file")
+    found.add_argument("--kinds", default="dsdistill.compare.kinds:KINDS", help=argparse.SUPPRESS)  # for tests
+    return found
 
 
 def main() -> int:
     """Parse, check, run."""
-    arguments = parse_arguments()
-    try:
-        return run(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAULT
-    except signals.StoppedError as error:
-        print(f"{error}; the same command goes on from there", file=sys.stderr)
-        return signals.STOPPED
+    arguments = parser().parse_args()
+    return exit_code(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """What the arguments ask for; the exit code."""
+    quiet_libraries()
     from dsdistill.compare import results
     from dsdistill.compare.grid import make_grid, read_grid
     from dsdistill.compare.kinds import find_object

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
-from dsdistill.command import execute, parse_arguments
+from dsdistill.command import execute, quiet_libraries, training_parser
 from dsdistill.training import signals
 
 QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
-EXAMPLES = """\
-  deepspeed launch/pretrain_distill.py --ds_config ds_configs/zero2.json
-  deepspeed --num_gpus 2 launch/pretrain_distill.py --ds_config ds_configs/zero2.json
-      --recipe launch/recipes/minilmv2.yaml --set corpus.directory=data/mine --set teacher.model=path/to/bert
+EXAMPLES = r"""
+deepspeed launch/pretrain_distill.py --ds_config ds_configs/zero2.json
+deepspeed --num_gpus 2 launch/pretrain_distill.py --ds_config ds_configs/zero2.json \
+    --recipe launch/recipes/minilmv2.yaml --set corpus.directory=data/mine --set teacher.model=path/to/bert
 """
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    what = "Distil an encoder on unlabelled text, export the student and compare it with its teacher."
+    return training_parser(what, EXAMPLES, recipe=QUICKSTART, mlm_head=True)
 
 
 def main() -> int:
     """Parse, check, run."""
-    arguments = parse_arguments("Distil an encoder on unlabelled text.", EXAMPLES, recipe=QUICKSTART, mlm_head=True)
+    arguments = parser().parse_args()
+    quiet_libraries()
     from dsdistill import mlm_head, pretrain
     from dsdistill.config.recipe import read_recipe
 

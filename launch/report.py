@@ -6,45 +6,49 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsdistill.command import BAD_INPUT, quiet_libraries
+from dsdistill.command import exit_code, make_parser, quiet_libraries
 
-EXAMPLES = """examples:
-  python launch/report.py runs/mine
-  python launch/report.py runs/minilm runs/att_mse-0 runs/att_mse-1 --output reports/both
+WHAT = """\
+Write report.html (one file, no network) and report.md with its pictures.
 
-Runs that differ in their seed only are averaged. What is missing or broken in a run directory is told and left out.
-Exit codes: 0 done, 2 a directory that holds no run."""
+Runs that differ in their seed only are averaged. What is missing or broken in a run directory is told and left out."""
+EXAMPLES = r"""
+python launch/report.py runs/quickstart
+python launch/report.py runs/minilm runs/att_mse-0 runs/att_mse-1 --output reports/both
+"""
 
 
-def parse_arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Write report.html (one file, no network) and report.md with its pictures.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="output directories of runs")
-    parser.add_argument("--output", type=Path, help="directory (default: `report` in the first run directory)")
-    return parser.parse_args()
+    found = make_parser(WHAT, EXAMPLES, fault="a fault: a disk that is full")
+    source = found.add_argument_group("what is told")
+    source.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="output directories of runs")
+    target = found.add_argument_group("where to")
+    target.add_argument("--output", type=Path, help="directory; `report` in the first run directory if not given")
+    return found
 
 
 def main() -> int:
     """Parse, collect, write, and print where."""
-    arguments = parse_arguments()
+    arguments = parser().parse_args()
+    return exit_code(lambda: write(arguments.runs, arguments.output or arguments.runs[0] / "report"))
+
+
+def write(directories: list[Path], output: Path) -> None:
+    """The report of these runs; says which files.
+
+    Raises:
+        ValueError: If a directory holds no run.
+    """
+    quiet_libraries()
     from dsdistill.report.collect import collect
     from dsdistill.report.write import all_problems, write_report
 
-    quiet_libraries()
-    try:
-        runs = [collect(directory) for directory in arguments.runs]
-    except ValueError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return BAD_INPUT
+    runs = [collect(directory) for directory in directories]
     for problem in all_problems(runs):
         print(f"WARNING    {problem}", file=sys.stderr)
-    for path in write_report(runs, arguments.output or arguments.runs[0] / "report"):
+    for path in write_report(runs, output):
         print(path)
-    return 0
 
 
 if __name__ == "__main__":

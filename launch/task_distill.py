@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
-from dsdistill.command import execute, parse_arguments
+from dsdistill.command import execute, quiet_libraries, training_parser
 from dsdistill.training import signals
 
-EXAMPLES = """\
-  deepspeed launch/task_distill.py --ds_config ds_configs/zero1.json --recipe launch/recipes/glue/att_kl.yaml
-      --set task=sst2 --set data.directory=data/glue
-  deepspeed launch/task_distill.py --ds_config ds_configs/zero1.json --recipe launch/recipes/glue/fine_tuning.yaml
-      --set task=mine --set data.train=train.csv --set data.dev=dev.csv --set student.init_from=runs/mine/model
+EXAMPLES = r"""
+deepspeed launch/task_distill.py --ds_config ds_configs/zero1.json --recipe launch/recipes/glue/att_kl.yaml \
+    --set task=sst2 --set data.directory=data/glue
+deepspeed launch/task_distill.py --ds_config ds_configs/zero1.json --recipe launch/recipes/glue/fine_tuning.yaml \
+    --set task=mine --set data.train=train.csv --set data.dev=dev.csv \
+    --set student.init=null --set student.init_from=runs/mine/model
 """
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    what = "Distil, or fine-tune, an encoder on a task with labels, export the student and score it."
+    return training_parser(what, EXAMPLES, recipe=None)
 
 
 def main() -> int:
     """Parse, check, run."""
-    arguments = parse_arguments("Distil, or fine-tune, an encoder on a task with labels.", EXAMPLES, recipe=None)
+    arguments = parser().parse_args()
+    quiet_libraries()
     from dsdistill.config.recipe import read_task_recipe
     from dsdistill.task_distill import run
 

@@ -147,12 +147,10 @@ def _speed_of(source: str) -> list[Any]:
     import torch
     from transformers import AutoConfig, AutoModel
 
-    from dsdistill.command import quiet_libraries
     from dsdistill.locate import resolve_model
     from dsdistill.models.families import max_length
     from dsdistill.speed import measure
 
-    quiet_libraries()
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     config = AutoConfig.from_pretrained(resolve_model(source))
     length = min(SPEED_LENGTH, max_length(config) or SPEED_LENGTH)
