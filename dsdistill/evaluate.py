@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,11 @@ from dsdistill.corpus.files import write_text
 from dsdistill.locate import Source
 from dsdistill.models.families import drop_pooler, max_length
 from dsdistill.progress import waiting
-from dsdistill.speed import Timing, measure
+from dsdistill.speed import Measured, Timing, measure
 
 MODEL, CARD, SPEED = "model", "README.md", "speed.json"
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
 MIB = 2**20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """One model.
-
-    Attributes:
-        name: Where it came from.
-        layers: Of the encoder.
-        width: Of its hidden states.
-        parameters: As saved, heads included.
-        bytes: Of the files that hold them.
-        timings: One for each device, batch and length.
-    """
-
-    name: str
-    layers: int | None
-    width: int | None
-    parameters: int
-    bytes: int
-    timings: list[Timing]
 
 
 def evaluate(

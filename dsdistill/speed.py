@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dsdistill.progress import each
+from dsdistill.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +45,27 @@ class Timing:
     median_ms: float
     p90_ms: float
     rows_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Size and speed of one model.
+
+    Attributes:
+        name: Where it came from.
+        layers: Of the encoder.
+        width: Of its hidden states.
+        parameters: As saved, heads included.
+        bytes: Of the files that hold them, or would.
+        timings: One for each device, batch and length.
+    """
+
+    name: str
+    layers: int | None
+    width: int | None
+    parameters: int
+    bytes: int
+    timings: list[Timing]
 
 
 def seconds_of_calls(call: Callable[[], object], device: torch.device, *, budget_s: float) -> list[float]:
@@ -99,22 +120,24 @@ def measure(
     model = model.to(device=device, dtype=dtype).eval()  # pyright: ignore[reportCallIssue] (transformers' stub)
     timings = []
     settings = [(batch, length) for batch in batches for length in lengths]
-    for batch, length in each(settings, f"measuring speed, {device.type}", len(settings), unit="setting"):
-        ids = torch.arange(batch * length, device=device).view(batch, length) % 1000 % model.config.vocab_size
-        mask = torch.ones_like(ids)
-        seconds = seconds_of_calls(partial(model, input_ids=ids, attention_mask=mask), device, budget_s=budget_s)
-        median = statistics.median(seconds)
-        timings.append(
-            Timing(
-                device=torch.cuda.get_device_name(device) if cuda else "cpu",
-                dtype=str(dtype).removeprefix("torch."),
-                threads=0 if cuda else torch.get_num_threads(),
-                length=length,
-                batch=batch,
-                calls=len(seconds),
-                median_ms=1000 * median,
-                p90_ms=1000 * statistics.quantiles(seconds, n=10, method="inclusive")[-1],
-                rows_per_s=batch / median,
+    with Progress(f"measuring speed, {device.type}", len(settings), unit="setting", beats=True) as progress:
+        for batch, length in settings:
+            ids = torch.arange(batch * length, device=device).view(batch, length) % 1000 % model.config.vocab_size
+            mask = torch.ones_like(ids)
+            seconds = seconds_of_calls(partial(model, input_ids=ids, attention_mask=mask), device, budget_s=budget_s)
+            median = statistics.median(seconds)
+            timings.append(
+                Timing(
+                    device=torch.cuda.get_device_name(device) if cuda else "cpu",
+                    dtype=str(dtype).removeprefix("torch."),
+                    threads=0 if cuda else torch.get_num_threads(),
+                    length=length,
+                    batch=batch,
+                    calls=len(seconds),
+                    median_ms=1000 * median,
+                    p90_ms=1000 * statistics.quantiles(seconds, n=10, method="inclusive")[-1],
+                    rows_per_s=batch / median,
+                )
             )
-        )
+            progress.add()
     return timings

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-import statistics
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dsdistill.config.recipe import Recipe, read_recipe
 from dsdistill.core import Batch
+from dsdistill.corpus.files import write_text
 from dsdistill.corpus.loader import held_out_batches
 from dsdistill.corpus.masking import Masker
 from dsdistill.corpus.store import Corpus
@@ -26,13 +28,18 @@ from dsdistill.models.loading import head_of, load_config, load_encoder, load_to
 from dsdistill.models.sentences import read_sentence_modules, sentence_problem
 from dsdistill.models.student import build_student, restore_dropout
 from dsdistill.objectives.mapping import initial_layers
-from dsdistill.speed import seconds_of_calls
+from dsdistill.progress import each
+from dsdistill.speed import Measured, measure
 from dsdistill.training.checkpoint import STUDENT, read_state, verify, whole_checkpoints
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
 from dsdistill.training.telemetry import read_metrics
 
+SUMMARY = "summary.json"
 SPEED_ROWS = 8
 COSINE_ROWS = 64
+
+Change = tuple[float | None, float]
+"""A number before training, if it was measured then, and after."""
 
 
 def export_run(directory: Path, checkpoint: Path | None = None, output: Path | None = None) -> Path:
@@ -102,15 +109,6 @@ def size_of(model: PreTrainedModel) -> dict[str, int]:
 
 
 @torch.no_grad()
-def rows_per_second(model: PreTrainedModel, batch: Batch) -> float:
-    """Median speed of the encoder on the CPU in float32."""
-    encoder = encoder_of(model).cpu().float().eval()
-    ids = batch.input_ids % encoder.config.vocab_size  # a teacher may know fewer tokens
-    call = partial(encoder, input_ids=ids, attention_mask=batch.mask.long())
-    return len(batch.input_ids) / statistics.median(seconds_of_calls(call, torch.device("cpu"), budget_s=0.0))
-
-
-@torch.no_grad()
 def sentence_embeddings(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Mean of the last hidden states over real positions, (B, E)."""
     hidden = encoder_of(model)(input_ids=batch.input_ids, attention_mask=batch.mask.long()).last_hidden_state
@@ -131,52 +129,105 @@ def held_out_text(recipe: Recipe, tokenizer: Any, rows: int) -> Batch:
     return next(iter(held_out_batches(corpus, masker, rows=rows, micro_batch=rows, rank=0, world_size=1)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What is told of a finished run, for people and for reports.
+
+    Attributes:
+        objective: The held-out objective, total and terms, before and after training.
+        scores: The same of scores.
+        cosine: Mean cosine between both models' sentence embeddings of the same held-out rows, before and after; None
+            where the models cannot be compared so.
+        teacher: Size, and speed on this machine's CPU; bytes are those of float32.
+        student: The same.
+    """
+
+    objective: dict[str, Change]
+    scores: dict[str, Change]
+    cosine: Change | None
+    teacher: Measured
+    student: Measured
+
+
 def summarize(directory: Path) -> str:
-    """Export the student and describe the run.
+    """Export the student, and describe the run in a file and in words.
 
     Returns:
-        A page for people.
+        A page for people; `summary.json` in the run directory holds its numbers.
     """
     recipe = read_recipe(directory)
-    source = recipe.teacher.source
     model_directory = export_run(directory)
+    told = measure_run(directory, recipe)
+    write_text(directory / SUMMARY, json.dumps(asdict(told), indent=1) + "\n")
+    return "\n".join(
+        [
+            *describe(told),
+            "",
+            f"model        {model_directory}  (AutoModel.from_pretrained loads it)",
+            f"TensorBoard  tensorboard --logdir {directory / 'tensorboard'}",
+            f"recipe       {directory / 'recipe.yaml'}",
+            f"report       python launch/report.py {directory}",
+            "next         your own text: python launch/prepare_corpus.py --help",
+        ]
+    )
+
+
+def measure_run(directory: Path, recipe: Recipe) -> Summary:
+    """The numbers of a finished run, both models measured now."""
+    source = recipe.teacher.source
     teacher = load_encoder(source)
     checkpoint = whole_checkpoints(directory / CHECKPOINTS)[-1]
     student = rebuild(directory / SKELETON, load_file(checkpoint / STUDENT))
-    layers = initial_layers(recipe.student.init, recipe.student.num_layers, size_of(teacher)["layers"])
     tokenizer = load_tokenizer(recipe.student.tokenizer_source(source))
-    before, after = held_out_at(directory, 0), held_out_at(directory, -1)
-    lines = ["", "objective on held-out text        before      after"]
-    lines += [f"  {name:<28} {before.get(name, float('nan')):>10.4f} {value:>10.4f}" for name, value in after.items()]
-    before, after = scores_at(directory, 0), scores_at(directory, -1)
-    lines += [f"  {name:<28} {before.get(name, float('nan')):>10.4f} {value:>10.4f}" for name, value in after.items()]
+    cosine = None
     if size_of(teacher)["width"] == size_of(student)["width"] and recipe.student.tokenizer is None:
         batch = held_out_text(recipe, tokenizer, COSINE_ROWS)
-        settings = recipe.student
-        untrained = build_student(
-            teacher,
-            student.config,
-            layers,
-            seed=recipe.seed,
-            resize=settings.resize,
-            init_from=settings.init_from,
-        ).eval()
-        cosines = [mean_cosine(teacher, model, batch) for model in (untrained, student)]
-        lines.append(f"  {'cosine with the teacher':<28} {cosines[0]:>10.4f} {cosines[1]:>10.4f}")
+        models = each((untrained_student(recipe, teacher, student), student), "comparing embeddings", 2, unit="model")
+        before, after = (mean_cosine(teacher, model, batch) for model in models)
+        cosine = (before, after)
+    length = held_out_text(recipe, tokenizer, SPEED_ROWS).input_ids.shape[1]
+    return Summary(
+        objective=changes(held_out_at, directory),
+        scores=changes(scores_at, directory),
+        cosine=cosine,
+        teacher=measured(source.model, teacher, length),
+        student=measured(str(directory / EXPORT), student, length),
+    )
+
+
+def changes(read: Callable[[Path, int], dict[str, float]], directory: Path) -> dict[str, Change]:
+    """Numbers of the first and the last evaluation."""
+    before, after = read(directory, 0), read(directory, -1)
+    return {name: (before.get(name), value) for name, value in after.items()}
+
+
+def untrained_student(recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel) -> PreTrainedModel:
+    """The student as it was before training."""
+    settings = recipe.student
+    layers = initial_layers(settings.init, settings.num_layers, size_of(teacher)["layers"])
+    return build_student(
+        teacher, student.config, layers, seed=recipe.seed, resize=settings.resize, init_from=settings.init_from
+    ).eval()
+
+
+def measured(name: str, model: PreTrainedModel, length: int) -> Measured:
+    """Size, and speed of the encoder on the CPU in float32."""
+    timings = measure(encoder_of(model), torch.device("cpu"), lengths=(length,), batches=(SPEED_ROWS,), budget_s=0.0)
+    size = size_of(model)
+    return Measured(name=name, **size, bytes=4 * size["parameters"], timings=timings)
+
+
+def describe(told: Summary) -> list[str]:
+    """The numbers as lines for people."""
+    lines = ["", "objective on held-out text        before      after"]
+    rows = {**told.objective, **told.scores} | ({"cosine with the teacher": told.cosine} if told.cosine else {})
+    for name, (before, after) in rows.items():
+        lines.append(f"  {name:<28} {math.nan if before is None else before:>10.4f} {after:>10.4f}")
     lines += ["", "                                 teacher    student"]
-    for name, value in size_of(teacher).items():
-        lines.append(f"  {name:<28} {value:>10,} {size_of(student)[name]:>10,}")
-    sizes = [4 * size_of(model)["parameters"] / 2**20 for model in (teacher, student)]
-    lines.append(f"  {'size in float32, MiB':<28} {sizes[0]:>10.1f} {sizes[1]:>10.1f}")
-    batch = held_out_text(recipe, tokenizer, SPEED_ROWS)
-    speeds = [rows_per_second(model, batch) for model in (teacher, student)]
-    what = f"rows of {batch.input_ids.shape[1]} tokens/s, CPU"
-    lines.append(f"  {what:<28} {speeds[0]:>10.1f} {speeds[1]:>10.1f}")
-    lines += [
-        "",
-        f"model        {model_directory}  (AutoModel.from_pretrained loads it)",
-        f"TensorBoard  tensorboard --logdir {directory / 'tensorboard'}",
-        f"recipe       {directory / 'recipe.yaml'}",
-        "next         your own text: python launch/prepare_corpus.py --help",
-    ]
-    return "\n".join(lines)
+    models = (told.teacher, told.student)
+    for name in ("layers", "width", "parameters"):
+        lines.append(f"  {name:<28} " + " ".join(f"{getattr(model, name):>10,}" for model in models))
+    lines.append(f"  {'size in float32, MiB':<28} " + " ".join(f"{model.bytes / 2**20:>10.1f}" for model in models))
+    what = f"rows of {told.student.timings[0].length} tokens/s, CPU"
+    lines.append(f"  {what:<28} " + " ".join(f"{model.timings[0].rows_per_s:>10.1f}" for model in models))
+    return lines

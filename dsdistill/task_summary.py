@@ -139,6 +139,7 @@ def finish_run(run: TaskRun, signals: Signals | None, data_sha256: str) -> None:
         if split in task.test:
             path = recipe.output / "submission" / submission_name(task.spec, split)
             write_submission(path, task.spec, predict(task.spec, outputs[split]))
+    teacher_scores, teacher_facts = scores_and_facts_of_teacher(run)
     told = {
         "name": recipe.name,
         "task": recipe.task,
@@ -151,9 +152,9 @@ def finish_run(run: TaskRun, signals: Signals | None, data_sha256: str) -> None:
             split: majority_baseline(task.spec, labels_of(task.train), labels_of(rows))
             for split, rows in task.dev.items()
         },
-        "teacher_scores": teacher_scores(run),
+        "teacher_scores": teacher_scores,
         "student": {**size_of(student), "bytes": weight_bytes(directory)},
-        "teacher": teacher_facts(run),
+        "teacher": teacher_facts,
         "training": training_costs(run),
         "teacher_signals": None if signals is None else signal_costs(run, signals),
         "recipe": fingerprint(recipe),
@@ -228,29 +229,26 @@ def write_card(recipe: TaskRecipe, directory: Path) -> None:
     write_text(directory / "README.md", card_of(recipe.output, recipe, load_export(recipe)))
 
 
-def teacher_scores(run: TaskRun) -> dict[str, dict[str, float]] | None:
-    """The teacher's scores on the development rows: from its own run, or measured now; None if nothing asks it."""
-    if not run.recipe.asks_teacher:
-        return None
-    told = finished_results(Path(run.source.model).parent)
-    if told is not None and run.source.model != run.recipe.teacher.model:
-        return told["scores"]
-    teacher = run.load_teacher()
-    return {
-        split: scores(run.task.spec, labels_of(rows), outputs_of(run, teacher, rows))
-        for split, rows in run.task.dev.items()
-    }
+def scores_and_facts_of_teacher(run: TaskRun) -> tuple[dict[str, dict[str, float]] | None, dict[str, Any]]:
+    """The teacher's scores on the development rows, and its size and what its fine-tuning cost.
 
-
-def teacher_facts(run: TaskRun) -> dict[str, Any]:
-    """Size of the teacher, and what its fine-tuning cost."""
-    told = finished_results(Path(run.source.model).parent)
+    Scores are those of its own run, or measured now, or None if no objective asks it.
+    """
+    was_tuned = run.source.model != run.recipe.teacher.model
+    tuning = finished_results(Path(run.source.model).parent) if was_tuned else None
     teacher = run.load_teacher()
     facts: dict[str, Any] = {"model": run.recipe.teacher.model, **size_of(teacher)}
     facts["bytes"] = sum(p.numel() * p.element_size() for p in teacher.parameters())
-    if told is not None and run.source.model != run.recipe.teacher.model:
-        facts["training"] = told["training"]
-    return facts
+    if tuning is not None:
+        facts["training"] = tuning["training"]
+    if not run.recipe.asks_teacher:
+        return None, facts
+    if tuning is not None:
+        return tuning["scores"], facts
+    return {
+        split: scores(run.task.spec, labels_of(rows), outputs_of(run, teacher, rows))
+        for split, rows in run.task.dev.items()
+    }, facts
 
 
 def weight_bytes(directory: Path) -> int:

@@ -7,15 +7,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from dsdistill.evaluate import SPEED
+from dsdistill.speed import Measured
+from dsdistill.summary import SUMMARY, Summary
 from dsdistill.task_summary import RESULTS
 from dsdistill.training.run_directory import CHECKPOINTS, CIRCUMSTANCES, EXPORT, RECIPE, SKELETON
 from dsdistill.training.telemetry import PICTURES, read_metrics
+
+Found = TypeVar("Found")
 
 METRICS, CONFIG, DS_CONFIG = "metrics.jsonl", "config.json", "ds_config.json"
 PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -58,7 +63,8 @@ class Run:
         circumstances: Versions, command, hardware.
         curves: Of each stage, in order.
         results: Scores of a task.
-        speed: What `launch/evaluate.py` measured.
+        summary: What the end of a run measured; None if that is not known.
+        models: Teacher and student, size and speed: as `launch/evaluate.py` measured them, else as the run did.
         student: Config of the student.
         parameters: Of the exported student, or None.
         checkpoints: Steps of those that are kept.
@@ -72,7 +78,8 @@ class Run:
     circumstances: dict[str, Any] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
-    speed: dict[str, Any] = field(default_factory=dict)
+    summary: Summary | None = None
+    models: dict[str, Measured] = field(default_factory=dict)
     student: dict[str, Any] = field(default_factory=dict)
     parameters: int | None = None
     checkpoints: list[int] = field(default_factory=list)
@@ -106,7 +113,8 @@ def collect(directory: Path) -> Run:
     run.ds_config = _read(run, DS_CONFIG, json.loads, "how it ran", needed=not run.setting("stages"))
     run.results = _read(run, RESULTS, json.loads, "scores", needed=bool(run.setting("task")))
     run.student = _read(run, f"{SKELETON}/{CONFIG}", json.loads, "the student's shape")
-    run.speed = _read(run, f"{EXPORT}/{SPEED}", json.loads, "speed", needed=False)
+    run.summary = _valid(run, SUMMARY, TypeAdapter(Summary), "sizes, speeds and cosines")
+    run.models = _models(run)
     run.curves = _curves(run)
     run.pictures = _pictures(run)
     run.checkpoints = sorted(
@@ -135,6 +143,36 @@ def _read(run: Run, name: str, parse: Callable[[str], Any], what: str, *, needed
         problem = f"cannot be read ({str(error).splitlines()[0][:120]})"
     run.problems.append(f"{name} {problem}: {what} cannot be told")
     return {}
+
+
+def _valid(run: Run, name: str, adapter: TypeAdapter[Found], what: str) -> Found | None:
+    """A file that need not be there, checked."""
+    content = _read(run, name, json.loads, what, needed=False)
+    if not content:
+        return None
+    try:
+        return adapter.validate_python(content)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        run.problems.append(f"{name} is not what is written there ({where}): {what} cannot be told")
+        return None
+
+
+def _models(run: Run) -> dict[str, Measured]:
+    measured = _valid(run, f"{EXPORT}/{SPEED}", TypeAdapter(dict[str, Measured]), "speeds")
+    if measured is not None:
+        return measured
+    if run.summary is not None:
+        return {"teacher": run.summary.teacher, "student": run.summary.student}
+    found = {}
+    for who in ("teacher", "student"):
+        told = run.results.get(who)
+        if not isinstance(told, dict):
+            continue
+        size: dict[str, Any] = {name: told.get(name) for name in ("layers", "width", "parameters", "bytes")}
+        if all(isinstance(value, int) for value in size.values()):
+            found[who] = Measured(name=str(told.get("model", EXPORT)), **size, timings=[])
+    return found
 
 
 def _stages(run: Run) -> list[tuple[str, Path]]:

@@ -37,6 +37,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
         stage = f" of {curve.stage}" if curve.stage else ""
         told += [(f"{name}{stage}", value) for name, value in _of_curve(curve)]
     told += _scores(run)
+    if run.summary is not None and run.summary.cosine is not None:
+        before, after = run.summary.cosine
+        shown = UNKNOWN if before is None else f"{before:.4f}"
+        told.append(("cosine with the teacher", f"{shown} before, {after:.4f} after"))
     versions = run.circumstances.get("versions") or {}
     if versions:
         told.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)))
@@ -123,21 +127,25 @@ def score(run: Run) -> tuple[str, float] | None:
     return None
 
 
-def speeds(run: Run) -> list[tuple[str, str, str]]:
-    """What `launch/evaluate.py` measured: circumstances, teacher's and student's rows per second."""
-    timings: dict[str, dict[str, float]] = {}
-    for who in ("teacher", "student"):
-        for timing in (run.speed.get(who) or {}).get("timings") or ():
-            where = f"{timing['batch']} x {timing['length']} tokens, {timing['device']}, {timing['dtype']}"
-            timings.setdefault(where, {})[who] = timing["rows_per_s"]
-    told = {where: {who: f"{rate:,.1f}" for who, rate in rates.items()} for where, rates in timings.items()}
-    return [(where, rates.get("teacher", UNKNOWN), rates.get("student", UNKNOWN)) for where, rates in told.items()]
+def sizes_and_speeds(run: Run) -> list[tuple[str, str, str]]:
+    """What is known of both models: of what, teacher's and student's."""
+    rows = {
+        "layers": {who: str(model.layers or UNKNOWN) for who, model in run.models.items()},
+        "width": {who: str(model.width or UNKNOWN) for who, model in run.models.items()},
+        "parameters": {who: f"{model.parameters:,}" for who, model in run.models.items()},
+        "weights, MiB": {who: f"{model.bytes / 2**20:,.1f}" for who, model in run.models.items()},
+    }
+    for who, model in run.models.items():
+        for timing in model.timings:
+            where = f"rows/s, {timing.batch} x {timing.length} tokens, {timing.device}, {timing.dtype}"
+            rows.setdefault(where, {})[who] = f"{timing.rows_per_s:,.1f}"
+    return [(what, told.get("teacher", UNKNOWN), told.get("student", UNKNOWN)) for what, told in rows.items() if told]
 
 
 def fastest(run: Run) -> float | None:
     """Rows per second of the student where it was measured fastest."""
-    rates = [timing["rows_per_s"] for timing in (run.speed.get("student") or {}).get("timings") or ()]
-    return max(rates, default=None)
+    student = run.models.get("student")
+    return max((timing.rows_per_s for timing in student.timings), default=None) if student is not None else None
 
 
 def repeat_command(run: Run) -> str:

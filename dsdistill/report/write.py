@@ -55,7 +55,7 @@ def page_of(run: Run, name: str) -> dict[str, Any]:
         "directory": str(run.directory),
         "problems": run.problems,
         "facts": facts.facts(run),
-        "speeds": facts.speeds(run),
+        "models": facts.sizes_and_speeds(run),
         "loading": facts.how_to_load(run) if run.parameters else None,
         "repeat": facts.repeat_command(run) if run.recipe else None,
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False) if run.recipe else None,

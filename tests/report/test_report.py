@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
 from dsdistill.report.collect import collect
-from dsdistill.report.facts import facts, groups, how_to_load, repeat_command, score
+from dsdistill.report.facts import facts, fastest, groups, how_to_load, repeat_command, score, sizes_and_speeds
 from dsdistill.report.write import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -155,6 +155,84 @@ def test_a_task_is_told_with_its_scores_and_stages(tmp_path):
     assert told["f1, dev"] == "62.5 (teacher 75.0, majority class 25.0)"
     assert told["held-out objective of intermediate"] == "2.0000 before, 0.6250 after"
     assert score(run) == ("mrpc, f1 on dev (higher is better)", 62.5)
+
+
+def timing(rate: float) -> dict:
+    return {
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 2,
+        "length": 128,
+        "batch": 8,
+        "calls": 5,
+        "median_ms": 8000 / rate,
+        "p90_ms": 9000 / rate,
+        "rows_per_s": rate,
+    }
+
+
+def model(layers: int, rate: float) -> dict:
+    size = {"layers": layers, "width": 32, "parameters": 1_000_000 * layers, "bytes": 2**22 * layers}
+    return {"name": "a/model", **size, "timings": [timing(rate)]}
+
+
+def summary() -> dict:
+    return {
+        "objective": {"total": [2.0, 0.5]},
+        "scores": {},
+        "cosine": [0.25, 0.875],
+        "teacher": model(6, 20.0),
+        "student": model(3, 40.5),
+    }
+
+
+SIZES = [
+    ("layers", "6", "3"),
+    ("width", "32", "32"),
+    ("parameters", "6,000,000", "3,000,000"),
+    ("weights, MiB", "24.0", "12.0"),
+]
+
+
+def test_sizes_speeds_and_cosine_are_those_of_the_end_of_the_run(tmp_path):
+    directory = write_run(tmp_path / "run")
+    (directory / "summary.json").write_text(json.dumps(summary()))
+    run = collect(directory)
+    assert run.problems == []
+    assert sizes_and_speeds(run) == [*SIZES, ("rows/s, 8 x 128 tokens, cpu, float32", "20.0", "40.5")]
+    assert dict(facts(run))["cosine with the teacher"] == "0.2500 before, 0.8750 after"
+    html, markdown = write_report([run], tmp_path / "report")
+    for told in ("24.0", "40.5", "6,000,000"):
+        assert told in Page(html).text
+        assert told in markdown.read_text()
+
+
+def test_what_evaluate_measured_later_comes_first(tmp_path):
+    directory = write_run(tmp_path / "run")
+    (directory / "summary.json").write_text(json.dumps(summary()))
+    (directory / "model/speed.json").write_text(json.dumps({"student": model(3, 77.0)}))
+    run = collect(directory)
+    assert sizes_and_speeds(run)[-1] == ("rows/s, 8 x 128 tokens, cpu, float32", "-", "77.0")
+    assert fastest(run) == 77.0
+
+
+def test_sizes_of_a_task_are_those_of_its_results(tmp_path):
+    directory = write_run(tmp_path / "run", task="mrpc")
+    told = json.loads((directory / "results.json").read_text())
+    for who, layers in (("teacher", 6), ("student", 3)):
+        told[who] = {key: value for key, value in model(layers, 1.0).items() if key not in ("name", "timings")}
+    (directory / "results.json").write_text(json.dumps(told))
+    assert sizes_and_speeds(collect(directory)) == SIZES
+
+
+@pytest.mark.parametrize("broken", ["[]", "{", '{"teacher": 3}', json.dumps({**summary(), "cosine": "x"})])
+@pytest.mark.parametrize("name", ["summary.json", "model/speed.json"])
+def test_broken_sizes_and_speeds_are_named_and_left_out(tmp_path, name, broken):
+    directory = write_run(tmp_path / "run")
+    (directory / name).write_text(broken)
+    run = collect(directory)
+    assert [name in problem for problem in run.problems] == [True]
+    assert sizes_and_speeds(run) == []
 
 
 PIECES = (
