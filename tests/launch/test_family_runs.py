@@ -151,7 +151,8 @@ def check_export(run: Path, checkpoint: Path) -> None:
 
 
 def test_every_family_has_a_tokenizer():
-    assert sorted(family for families in TOKENIZERS.values() for family in families) == FAMILIES
+    listed = sorted(family for families in TOKENIZERS.values() for family in families)
+    assert [family for family in listed if family in FAMILIES] == FAMILIES  # transformers may lack some that are listed
 
 
 QUICK = pytest.param("mpnet to narrow bert", 1)
