@@ -110,6 +110,7 @@ def _forward(
     sums = left.new_empty(B * H * -(-L // tile.M), dtype=torch.float32)
     lse = left.new_empty((2, B, H, L) if measure == "kl" else (2, 0), dtype=torch.float32)
     unit = LOG2E if measure == "kl" else 1.0
+    bounds = bounds_of(segments, tile.M, tile.N)
     with torch.cuda.device_of(left):
         tiles.forward[(sums.numel(),)](
             factors.left,
@@ -119,6 +120,7 @@ def _forward(
             left if queries is None else queries,
             left if keys is None else keys,
             left if segments is None else segments,
+            left if bounds is None else bounds,
             sums,
             lse[0],
             lse[1],
@@ -128,6 +130,7 @@ def _forward(
             H,
             L,
             0 if window is None else window,
+            BOUNDED=bounds is not None,  # type: ignore[arg-type] (Triton makes a constexpr of it)
             **_options(measure, factors, queries, segments, window, tile),
         )
     return sums.sum(), lse
@@ -171,7 +174,8 @@ def _backward(
         for program, gradient in zip((tiles.left_gradient, tiles.right_gradient), gradients, strict=False):
             of_left = program is tiles.left_gradient
             tile = tile_for("left" if of_left else "right", measure, factors)
-            size = tile.M if of_left else tile.N
+            size, step = (tile.M, tile.N) if of_left else (tile.N, tile.M)
+            bounds = bounds_of(segments, size, step)
             program[(B * gradient.shape[1] * -(-L // size),)](
                 factors.left,
                 factors.right,
@@ -180,6 +184,7 @@ def _backward(
                 left if queries is None else queries,
                 left if keys is None else keys,
                 left if segments is None else segments,
+                left if bounds is None else bounds,
                 lse[0],
                 lse[1],
                 inverse[0],
@@ -194,7 +199,8 @@ def _backward(
                 H,
                 L,
                 0 if window is None else window,
-                BOTH=own and measure == "kl",  # type: ignore[arg-type] (Triton makes a constexpr of it)
+                BOUNDED=bounds is not None,  # type: ignore[arg-type] (Triton makes a constexpr of it)
+                BOTH=own and measure == "kl",  # type: ignore[arg-type]
                 **_options(measure, factors, queries, segments, window, tile),
             )
     return gradients[0], left.new_empty(0) if own else gradients[1]
@@ -261,6 +267,41 @@ def _options(
         "PRECISION_T": "tf32x3" if teacher_left.dtype == torch.float32 else "tf32",
         **tile._asdict(),
     }
+
+
+BOUNDED_FROM = 1024
+"""Rows of fewer tokens are compared whole: bounds take a dozen small kernels, which cost more than they save there."""
+
+
+def bounds_of(segments: Tensor | None, size: int, step: int) -> Tensor | None:
+    """Where the tiles that share a document with a block of rows begin and end, whatever the numbers of documents are.
+
+    A tile is left out if all its numbers are larger, or all smaller, than all of the block.
+
+    Args:
+        segments: int32 (B, L), or None.
+        size: Rows of a block.
+        step: Rows of a tile; bounds are its multiples.
+
+    Returns:
+        int32 (B, L / size rounded up, 2); None where everything is visited.
+    """
+    if segments is None or segments.shape[1] < BOUNDED_FROM:
+        return None
+    lowest, highest = _extremes(segments, size)
+    tile_lowest, tile_highest = _extremes(segments, step)
+    shared = (lowest[:, :, None] <= tile_highest[:, None]) & (highest[:, :, None] >= tile_lowest[:, None])
+    first = shared.int().argmax(2)
+    last = shared.shape[2] - shared.flip(2).int().argmax(2)
+    return (torch.stack((first, last), dim=2) * step).to(torch.int32)
+
+
+def _extremes(segments: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The smallest and largest document number of each block of rows, (B, L / size rounded up)."""
+    B, L = segments.shape
+    blocks = -(-L // size)
+    padded = torch.cat([segments, segments[:, -1:].expand(B, blocks * size - L)], dim=1).view(B, blocks, size)
+    return padded.amin(2), padded.amax(2)
 
 
 def block_of(size: int) -> int:

@@ -65,6 +65,12 @@ def may_attend(queries, keys, query_segments, key_segments, window, SEGMENTS: tl
 
 
 @triton.jit
+def reach(bounds, block, first, last):
+    """The part of a loop over tiles in which a block of rows or columns can see anything; others change nothing."""
+    return tl.maximum(first, tl.load(bounds + 2 * block)), tl.minimum(last, tl.load(bounds + 2 * block + 1))
+
+
+@triton.jit
 def forward(
     left_s,
     right_s,
@@ -73,6 +79,7 @@ def forward(
     queries,
     keys,
     segments,
+    bounds,
     sums,
     lse_s,
     lse_t,
@@ -92,6 +99,7 @@ def forward(
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION_S: tl.constexpr,
     PRECISION_T: tl.constexpr,
@@ -124,6 +132,8 @@ def forward(
     if WINDOW:
         first = tl.maximum(0, start - window) // N * N
         last = tl.minimum(L, start + M + window)
+    if BOUNDED:
+        first, last = reach(bounds, b * blocks + start // M, first, last)
     for j in tl.range(first, last, N):
         columns = j + tl.arange(0, N)
         seen = real_rows(keys + b * L, columns, L, MASKED)
@@ -258,6 +268,7 @@ def left_gradient(
     queries,
     keys,
     segments,
+    bounds,
     lse_s,
     lse_t,
     inverse_s,
@@ -283,6 +294,7 @@ def left_gradient(
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION_S: tl.constexpr,
     PRECISION_T: tl.constexpr,
@@ -329,6 +341,8 @@ def left_gradient(
     if WINDOW:
         first = tl.maximum(0, start - window) // N * N
         last = tl.minimum(L, start + M + window)
+    if BOUNDED:
+        first, last = reach(bounds, b * blocks + start // M, first, last)
     if not BOTH:
         total = sum_over_keys(
             left_s, left_t, right_s, right_t, keys + b * L, segments + b * L, rows, row_segments, row_s, row_t,
@@ -372,6 +386,7 @@ def right_gradient(
     queries,
     keys,
     segments,
+    bounds,
     lse_s,
     lse_t,
     inverse_s,
@@ -397,6 +412,7 @@ def right_gradient(
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION_S: tl.constexpr,
     PRECISION_T: tl.constexpr,
@@ -420,6 +436,8 @@ def right_gradient(
     if WINDOW:
         first = tl.maximum(0, start - window) // M * M
         last = tl.minimum(L, start + N + window)
+    if BOUNDED:
+        first, last = reach(bounds, b * blocks + start // N, first, last)
     for member in tl.range(GROUP_S):
         q = h * GROUP_S + member
         of_head = (b * H + q) * L
