@@ -18,7 +18,7 @@ from torch import Tensor
 from dsdistill.config.recipe import Pace, RunSettings
 from dsdistill.core import NOTHING, Batch, Features, ModelShape, Problem
 from dsdistill.models.capture import Captured
-from dsdistill.progress import each
+from dsdistill.progress import each, waiting
 from dsdistill.training import signals
 from dsdistill.training.ahead import Asked
 from dsdistill.training.dist import Place, Vote, gather_rows
@@ -266,7 +266,8 @@ def draw_now(attempt: Attempt, step: int, *, evaluated: bool) -> bool:
     attempt.watchdog.at(f"step {step}, pictures")
     due = gallery.is_due(step, evaluated=evaluated, last=step == attempt.stage.pace.optimization.steps)
     if due:
-        gallery.show(step)
+        with waiting(f"pictures of step {step}"):
+            gallery.show(step)
     return due
 
 
