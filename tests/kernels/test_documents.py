@@ -58,7 +58,7 @@ def test_short_rows_and_rows_without_documents_are_visited_whole():
     assert pairwise.bounds_of(draw_segments("packed", pairwise.BOUNDED_FROM), 8, 8) is not None
 
 
-LONG = Shape(lengths=(50, 41), length=50)
+LONG = Shape(lengths=(50, 33), length=50)
 SMALL_TILE = pairwise.Tile(16, 16, 4, 2)
 
 
@@ -87,7 +87,8 @@ def test_tiles_of_other_documents_change_no_bit(measure, kind, window, monkeypat
     assert all(value.abs().sum() > 0 for value in whole)
 
 
-@pytest.mark.parametrize("size", [1.0, pytest.param(8.0, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("size", [1.0, 8.0])
 def test_nor_in_relations_of_a_tensor_with_itself(size, monkeypatch, device):
     """Also beyond log-sum-exps of 50, and for a row without a real token."""
     monkeypatch.setattr(pairwise, "tile_for", lambda *_: SMALL_TILE)
