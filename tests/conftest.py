@@ -4,6 +4,8 @@ import os
 import random
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+
 import pytest
 import torch
 import yaml
@@ -11,7 +13,6 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WORDS = (
     *("the", "a", "film", "story", "actor", "scene", "great", "poor", "plot", "music"),
