@@ -21,6 +21,7 @@ from dsdistill.progress import Progress, each, waiting
 def clock(monkeypatch):
     """A clock that moves only when it is told to."""
     now = [1000.0]
+    monkeypatch.delenv("RANK", raising=False)  # a test before this one may have joined a job
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 

@@ -37,8 +37,8 @@ class CompilingOnly:
         print(json.dumps([self.program.__name__, options["KL"], options["SEGMENTS"], options["WINDOW"]]))
 
 
-def main(measures: list[str], lengths: list[int], widths: list[int]) -> None:
-    """Compile forward and both gradients, with and without masks, documents and windows."""
+def main(measures: list[str], lengths: list[int], widths: list[int], masks: list[list[bool]]) -> None:
+    """Compile forward and both gradients; `masks` says whether with documents, and whether with padding and windows."""
     target = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
         get_current_device=lambda: 0,
@@ -49,7 +49,6 @@ def main(measures: list[str], lengths: list[int], widths: list[int]) -> None:
     torch.cuda.device_of = lambda _: contextlib.nullcontext()
     programs = {name: CompilingOnly(getattr(tiles, name)) for name in ("forward", "left_gradient", "right_gradient")}
     pairwise.tiles = SimpleNamespace(**{**vars(tiles), **programs})
-    masks = list(itertools.product((False, True), repeat=2))
     for measure, length, width, (documents, masked) in itertools.product(measures, lengths, widths, masks):
         factors = [torch.zeros(1, 2, length, width, dtype=torch.float16) for _ in range(4)]
         mask = torch.ones(1, length, dtype=torch.bool) if masked else None

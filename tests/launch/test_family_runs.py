@@ -155,11 +155,9 @@ def test_every_family_has_a_tokenizer():
     assert [family for family in listed if family in FAMILIES] == FAMILIES  # transformers may lack some that are listed
 
 
-QUICK = pytest.param("mpnet to narrow bert", 1)
-OTHERS = [pytest.param(case, 2, marks=pytest.mark.slow) for case in STUDENTS]
-
-
-@pytest.mark.parametrize(("case", "processes"), [QUICK, *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2])
+@pytest.mark.parametrize("case", STUDENTS)
 def test_a_run_learns_goes_on_bit_for_bit_and_is_exported(case, processes, tokenizer_of, tmp_path, warm):
     family = case.split()[0]
     tokenizer = tokenizer_of(family)

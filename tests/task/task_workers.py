@@ -100,8 +100,8 @@ def run_placements(content: dict, placements: list[dict]) -> None:
         run(check_task_recipe(at(content, keys["placement"], teacher=teacher), "test"), ds_json(2))
 
 
-def run_recipes(content: dict, output: str) -> None:
-    """A few steps of every shipped recipe, of a multi-label task and of a regression."""
+def run_recipes(content: dict, output: str, regressions: list[str]) -> None:
+    """A few steps of every shipped recipe, some on a regression too, of a multi-label task, and of augmented rows."""
     start_processes(find_place())
     shared = [
         *(f"teacher.model={content['teacher']['model']}", f"teacher.directory={output}/teachers"),
@@ -110,8 +110,7 @@ def run_recipes(content: dict, output: str) -> None:
     for path in sorted(RECIPES.glob("*.yaml")):
         stages = len(read_task_recipe(path).stages)
         short = [f"stages.{i}.optimization.epochs=0.2" for i in range(stages)]
-        tasks = ["cola"] if path.stem == "hid_cls_contrast" else ["cola", "stsb"]
-        for task in tasks:
+        for task in ["cola", *(["stsb"] if path.stem in regressions else [])]:
             where = [
                 f"task={task}",
                 f"data.directory={content['data']['directory']}",

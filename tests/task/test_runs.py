@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dsdistill.training.telemetry import read_metrics
 from tests.task.conftest import sentences
+from tests.task.task_workers import RECIPES
 from tests.workers import ROOT, run_workers
 
 WORKERS = "tests.task.task_workers"
@@ -99,7 +100,13 @@ def test_a_student_learns_the_same_wherever_its_teacher_lives(task_content, tmp_
         assert all(torch.equal(tensors[key], value) for key, value in weights["resident"].items()), name
 
 
-def test_every_shipped_recipe_and_kind_of_task_runs(task_content, tmp_path):
+REGRESSIONS = [path.stem for path in RECIPES.glob("*.yaml") if path.stem != "hid_cls_contrast"]  # which has none
+
+
+@pytest.mark.parametrize(
+    "regressions", [["att_kl", "vanilla_kd"], pytest.param(REGRESSIONS, marks=pytest.mark.slow)], ids=["two", "all"]
+)
+def test_every_shipped_recipe_and_kind_of_task_runs(regressions, task_content, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     for split, seed in (("train", 3), ("dev", 4)):
@@ -116,15 +123,18 @@ def test_every_shipped_recipe_and_kind_of_task_runs(task_content, tmp_path):
         },
         "yes-no": {"train": f"{own}/train.csv", "dev": f"{own}/dev.csv", "max_length": 32},
     }
-    run_workers(f"{WORKERS}:run_recipes", 1, content=task_content, output=str(tmp_path / "shipped"))
+    shipped = str(tmp_path / "shipped")
+    run_workers(f"{WORKERS}:run_recipes", 1, content=task_content, output=shipped, regressions=regressions)
     assert json.loads((tmp_path / "run-several" / "results.json").read_text())["primary"] == "f1_micro"
     augmented = json.loads((tmp_path / "run-augmented" / "results.json").read_text())
     assert augmented["training"]["rows"] == 2 * round(40 * 3 / 16) * 16
     assert augmented["teacher_signals"]["rows"] == 120
     found = {
-        path.parent.parent.name + "/" + path.parent.name for path in (tmp_path / "shipped").glob("*/*/results.json")
+        path.parent.parent.name + "/" + path.parent.name
+        for task in ("cola", "stsb")
+        for path in (tmp_path / "shipped" / task).glob("*/results.json")
     }
-    assert {"cola/att_kl", "stsb/att_kl", "cola/hid_cls_contrast", "stsb/vanilla_kd"} <= found
+    assert found == {*(f"cola/{path.stem}" for path in RECIPES.glob("*.yaml")), *(f"stsb/{x}" for x in regressions)}
 
 
 def job(content: dict, tmp_path, *arguments: str) -> subprocess.CompletedProcess:

@@ -3,7 +3,7 @@ import pytest
 from tests.models.families_under_test import FAMILIES
 from tests.workers import run_workers
 
-QUICK = ("albert", "bert", "deberta-v2", "modernbert", "mpnet")
+QUICK = ("albert", "bert", "modernbert", "mpnet")
 OTHERS = [family for family in FAMILIES if family not in QUICK]
 
 
