@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from dsdistill.config.offload import async_io_problem
 from tests.conftest import WORDS
@@ -20,6 +21,11 @@ def settings(names: str, nvme) -> dict[str, dict]:
     return {name: every[name] for name in names.split()}
 
 
+def too_few_gpus(processes: int) -> bool:
+    """Whether processes would have to share a GPU, which NCCL refuses."""
+    return torch.cuda.is_available() and torch.cuda.device_count() < processes
+
+
 @pytest.fixture
 def short(recipe_content) -> dict:
     recipe_content["optimization"]["steps"] = 3
@@ -33,6 +39,7 @@ def test_a_teacher_says_the_same_to_the_last_bit_wherever_it_lives(short, tmp_pa
 
 
 @pytest.mark.multiprocess
+@pytest.mark.skipif(too_few_gpus(3), reason="needs 3 GPUs, or none")
 def test_so_does_one_on_ranks_of_its_own(short, tmp_path, warm):
     run_warm(warm, MATRIX, 3, content=short, cases=[[2, settings("ranks", tmp_path)]], teachers=1)
 
@@ -75,6 +82,8 @@ def test_so_they_are_with_a_teacher_on_ranks_of_its_own(scored, tmp_path, warm, 
 @pytest.mark.parametrize("students", [1, 2])
 def test_every_placement_at_every_stage(recipe_content, tmp_path, students, teachers):
     alone = "zero3 cpu" if async_io_problem() else "zero3 cpu nvme"  # async_io is compiled at first use, for minutes
+    if too_few_gpus(students + teachers):
+        pytest.skip(f"needs {students + teachers} GPUs, or none")
     chosen = settings("ranks" if teachers else alone, tmp_path)
     cases = [[stage, chosen] for stage in STAGES]
     run_workers(MATRIX, students + teachers, content=recipe_content, cases=cases, teachers=teachers)

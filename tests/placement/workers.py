@@ -1,6 +1,8 @@
 """What the worker processes of `test_matrix.py` do: whole runs, every placement beside a resident teacher."""
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +90,21 @@ def check_stage(content: dict, settings: dict[str, dict], stage: int, place: Pla
     if place.is_first:
         assert sum(entry["kind"] == "train" for entry in reference) > 1
     for name, numbers, [(before, after)] in others:
-        assert numbers == reference, f"{name} at stage {stage}: {json.dumps([numbers, reference], indent=1)}"
+        # another GPU's teacher: 1e-8 was seen after six steps on two H100
+        close = 1e-6 if name == "ranks" and place.device.type == "cuda" else 0.0
+        same = len(numbers) == len(reference) and all(map(partial(agree, close=close), numbers, reference))
+        assert same, f"{name} at stage {stage}: {json.dumps([numbers, reference], indent=1)}"
         assert before == after == original, f"{name} at stage {stage} changed the teacher"
     if place.is_first:
         check_likeness(list(seen.values()), content["optimization"]["steps"])
+
+
+def agree(one: dict[str, Any], other: dict[str, Any], *, close: float) -> bool:
+    """Whether two entries of metrics say the same, numbers up to a share of themselves."""
+    return one.keys() == other.keys() and all(
+        math.isclose(value, other[key], rel_tol=close, abs_tol=0.0) if isinstance(value, float) else value == other[key]
+        for key, value in one.items()
+    )
 
 
 def check_likeness(seen: list[list[dict[str, Any]]], last_step: int) -> None:
