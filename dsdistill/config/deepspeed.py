@@ -97,17 +97,29 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
         ValueError: With every problem found.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
     except OSError as error:
         raise ValueError(f"DeepSpeed JSON {path} cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"DeepSpeed JSON {path} is no JSON: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"DeepSpeed JSON {path} has the key {error} twice in one section; keep one") from error
     if not isinstance(content, dict):
         raise ValueError(f"DeepSpeed JSON {path} must be an object, got {type(content).__name__}")
     problems = list(_key_problems(content))
     if problems:
         raise ValueError(f"{path} has {len(problems)} problem(s):\n" + "\n".join(f"  {p}" for p in problems))
     return content
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python would take the last of several."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise KeyError(key)
+        found[key] = value
+    return found
 
 
 def _key_problems(content: Mapping[str, Any]) -> Iterator[str]:

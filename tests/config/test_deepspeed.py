@@ -124,3 +124,9 @@ def test_one_process_overlaps_no_messages(stage, world_size, overlaps):
     assert filled["zero_optimization"]["overlap_comm"] == overlaps
     assert any("overlap_comm is off" in note for note in notes) != overlaps
     assert content["zero_optimization"]["overlap_comm"]
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    content = '{"zero_optimization": {"stage": 1, "stage": 2}}'
+    with pytest.raises(ValueError, match="has the key 'stage' twice in one section"):
+        read_deepspeed_json(write(tmp_path, content))
