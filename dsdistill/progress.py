@@ -39,6 +39,11 @@ def note(line: str) -> None:
     sys.stderr.flush()
 
 
+def figure(value: float) -> str:
+    """A loss or a score for people: four decimals, or three digits where those would be zeros."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
+
+
 class Progress(contextlib.AbstractContextManager["Progress"]):
     """Tells how far something is, at what rate, and how long it will take, from `with` to its end.
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from dsdistill import progress
-from dsdistill.progress import Progress, each, waiting
+from dsdistill.progress import Progress, each, figure, waiting
 
 
 @pytest.fixture
@@ -117,3 +117,7 @@ def test_a_terminal_sees_one_bar_and_notes_above_it():
     last = shown.rstrip().rpartition("\r")[2]
     assert re.match(r"reading: 100%\|.*\| 10/10 \[.*loss 0.25\]", last)
     assert shown.count("\n") == 2  # after the note, and after the bar
+
+
+def test_small_numbers_keep_their_digits():
+    assert [figure(x) for x in (3.55881, 0.0, 3.29e-05, -0.0004)] == ["3.5588", "0.0000", "3.29e-05", "-4.00e-04"]

@@ -182,7 +182,7 @@ class Telemetry:
         scalars |= memory_scalars(self.place.device)
         self._write("train", step, scalars)
         rate = scalars["throughput/tokens_per_s"]
-        self.step(step, f"loss {scalars['loss/total']:.4f}, {rate:,.0f} tokens/s")
+        self.step(step, f"loss {progress.figure(scalars['loss/total'])}, {rate:,.0f} tokens/s")
         return scalars
 
     def step(self, done: int, numbers: str | None = None) -> None:
@@ -200,9 +200,11 @@ class Telemetry:
         scalars = {f"held_out/{name}": value for name, value in losses.items()}
         self._write("held_out", step, scalars | {f"score/{name}": value for name, value in scores.items()})
         if self.place.is_first:
-            terms = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name != "total")
-            told = "".join(f"  {name} {value:.4f}" for name, value in scores.items())
-            self.note(f"step {step}/{self.last_step}  held-out objective {losses['total']:.4f} ({terms}){told}")
+            terms = ", ".join(f"{name} {progress.figure(value)}" for name, value in losses.items() if name != "total")
+            told = "".join(f"  {name} {progress.figure(value)}" for name, value in scores.items())
+            self.note(
+                f"step {step}/{self.last_step}  held-out objective {progress.figure(losses['total'])} ({terms}){told}"
+            )
         self.since = time.perf_counter()
 
     def numbers(self, kind: str, step: int, scalars: Mapping[str, float]) -> None:
