@@ -31,7 +31,7 @@ from dsdistill.models.vocabulary import set_vocabulary, tokens_problem
 from dsdistill.models.weight_names import has_masked_lm_head
 from dsdistill.objectives.mapping import initial_layers
 from dsdistill.placing import choose_placement, placement_problems
-from dsdistill.plan_objectives import bias_notes, kernel_problems, logit_problems
+from dsdistill.plan_objectives import bias_notes, kernel_problems, logit_problems, output_note
 from dsdistill.plan_problems import Problems
 from dsdistill.plan_rows import row_problems, rows_of
 from dsdistill.plan_sentences import follow_pooling, packing_problem, scoring_problem
@@ -153,6 +153,8 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
         problems.found += logit_problems(recipe, source, has_head or gets_head, stage.terms)
     if stage is not None and gets_head and not has_head and recipe.student.init_from is None:
         stage = replace(stage, notes=(*stage.notes, "the teacher has no masked-LM head: the student's starts random"))
+    if stage is not None and (note := output_note(recipe)) is not None:
+        stage = replace(stage, notes=(*stage.notes, note))
     if models.student is not None:
         problems.found += tokenizer_problems(recipe, source, models.student)
     if stage is not None and "logits" not in stage.student_wants and recipe.student.frozen_encoder:

@@ -28,7 +28,8 @@ from dsdistill.models.loading import head_of, load_config, load_encoder, load_to
 from dsdistill.models.sentences import read_sentence_modules, sentence_problem
 from dsdistill.models.student import build_student, restore_dropout
 from dsdistill.objectives.mapping import initial_layers
-from dsdistill.progress import each
+from dsdistill.plan_objectives import output_note
+from dsdistill.progress import each, figure
 from dsdistill.speed import Measured, measure
 from dsdistill.training.checkpoint import STUDENT, read_state, verify, whole_checkpoints
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
@@ -71,9 +72,11 @@ def export_run(directory: Path, checkpoint: Path | None = None, output: Path | N
         "head": head_of(student),
         "data": recipe.corpus.directory.name,
         "optimizer steps": step,
-        **{f"held-out {name}": f"{value:.4f}" for name, value in held_out_at(directory, -1, last_step=step).items()},
-        **{name: f"{value:.4f}" for name, value in scores_at(directory, -1, last_step=step).items()},
+        **{f"held-out {name}": figure(value) for name, value in held_out_at(directory, -1, last_step=step).items()},
+        **{name: figure(value) for name, value in scores_at(directory, -1, last_step=step).items()},
     }
+    if (note := output_note(recipe)) is not None:
+        facts["note"] = note
     problem = sentence_problem(source)
     if problem is not None:
         facts["sentence-transformers"] = f"not written as such a model: {problem}"
@@ -222,7 +225,7 @@ def describe(told: Summary) -> list[str]:
     lines = ["", "objective on held-out text        before      after"]
     rows = {**told.objective, **told.scores} | ({"cosine with the teacher": told.cosine} if told.cosine else {})
     for name, (before, after) in rows.items():
-        lines.append(f"  {name:<28} {math.nan if before is None else before:>10.4f} {after:>10.4f}")
+        lines.append(f"  {name:<28} {figure(math.nan if before is None else before):>10} {figure(after):>10}")
     lines += ["", "                                 teacher    student"]
     models = (told.teacher, told.student)
     for name in ("layers", "width", "parameters"):

@@ -62,3 +62,9 @@ def test_relation_heads_that_grouped_heads_do_not_allow_are_told_with_every_obje
         plan_of(recipe_content, directory, objective="minilmv2", relation_heads=16, relations=[["query", "key"]])
     plan = plan_of(recipe_content, directory, objective="minilmv2", relation_heads=16)
     assert set(plan.stages[0].teacher_wants) == {"query", "key", "value"}
+
+
+@pytest.mark.parametrize(("objective", "told"), [("att_kl", True), ("hid_seq", False), ("mlm", False)])
+def test_an_output_that_nothing_trains_is_told(recipe_content, teacher_directory, objective, told):
+    plan = plan_of(recipe_content, teacher_directory, objective=objective)
+    assert ("no objective reads the output of the student's last layer" in describe_plan(plan, find_place())) == told
