@@ -212,7 +212,8 @@ def check_columns(wanted: Sequence[str], present: Collection[str], place: str) -
     """
     missing = [name for name in wanted if name not in present]
     if missing:
-        raise ValueError(f"{place}: no column {missing[0]!r}; the columns are {', '.join(map(repr, present))}")
+        names = ", ".join(map(repr, missing))
+        raise ValueError(f"{place}: no column {names}; the columns are {', '.join(map(repr, present))}")
 
 
 def _fit(cells: Iterable[Any], where: Mapping[str, str]) -> bool:
