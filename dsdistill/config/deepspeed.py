@@ -240,7 +240,7 @@ def fill_auto(
     if micro == "auto":
         most = max(1, TOKENS_PER_MICRO_BATCH[device_type] // row_length)
         micro = max(m for m in range(1, min(most, per_process) + 1) if per_process % m == 0)
-        notes.append(f"micro-batch: {micro} rows per process, {per_process // micro} of them per step")
+        notes.append(f"micro-batch: {micro} rows per process, {per_process // micro} micro-batch(es) a step")
     if not isinstance(micro, int) or micro < 1 or per_process % micro:
         raise ValueError(
             f"train_micro_batch_size_per_gpu={micro!r} does not divide the {per_process} rows of each process "

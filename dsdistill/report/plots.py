@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
@@ -13,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from dsdistill.compare.plots import COLOURS
 from dsdistill.report.collect import Curve
@@ -49,6 +51,8 @@ def losses(curves: Sequence[Curve], prefix: str) -> str | None:
             )
         if prefix != "score/" and values and min(values) > 0 and max(values) > 5 * min(values):
             place.set_yscale("log")
+            place.yaxis.set_major_formatter(LogFormatter())  # 20, not 2 x 10^1
+            place.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         _finish(place, curve.stage)
     return svg(figure)
 
@@ -74,11 +78,12 @@ def parts(curves: Sequence[Curve]) -> str | None:
     return svg(figure)
 
 
+SCALE = "optimization/loss_scale"
 GAUGES = {
     "throughput/tokens_per_s": "tokens/s",
     "optimization/learning_rate": "learning rate",
     "optimization/grad_norm": "gradient norm",
-    "optimization/loss_scale": "loss scale",
+    SCALE: "loss scale",
     "memory/max_allocated_gib": "peak memory, GiB",
     "memory/max_resident_gib": "peak memory, GiB",
 }
@@ -87,6 +92,8 @@ GAUGES = {
 def gauges(curves: Sequence[Curve]) -> str | None:
     """Throughput, learning rate, gradient norm, loss scale and memory, small, stages one after the other."""
     told = [tag for tag in GAUGES if any(curve.series(tag)[0] for curve in curves)]
+    if all(set(curve.series(SCALE)[1]) <= {1.0} for curve in curves):  # nothing is scaled
+        told = [tag for tag in told if tag != SCALE]
     if not told:
         return None
     rows = math.ceil(len(told) / 2)
@@ -144,7 +151,7 @@ def scatter(points: dict[str, tuple[float, float]], x: str, y: str) -> str | Non
     for number, (name, (speed, score)) in enumerate(points.items()):
         place.plot(speed, score, "osD^vP*"[number % 7], color=COLOURS[number % len(COLOURS)], markersize=8, label=name)
     place.set_xlabel(x)
-    place.set_ylabel(y)
+    place.set_ylabel(textwrap.fill(y, 40))
     _finish(place, "", steps=False)
     return svg(figure)
 
@@ -171,7 +178,8 @@ def _finish(place: Axes, title: str, *, steps: bool = True) -> None:
     if title:
         place.set_title(title, fontsize=10, loc="left")
     place.grid(alpha=0.25)
-    place.legend(fontsize=8, frameon=False, ncols=2 if len(place.get_legend_handles_labels()[0]) > 4 else 1)
+    # below the axes, where it covers nothing
+    place.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def embedded(png: bytes) -> str:
