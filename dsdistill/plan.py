@@ -153,7 +153,7 @@ def make_plan(recipe: Recipe, ds_json: dict[str, Any], place: Place) -> Plan[Rec
         problems.found += logit_problems(recipe, source, has_head or gets_head, stage.terms)
     if stage is not None and gets_head and not has_head and recipe.student.init_from is None:
         stage = replace(stage, notes=(*stage.notes, "the teacher has no masked-LM head: the student's starts random"))
-    if stage is not None and (note := output_note(recipe)) is not None:
+    if stage is not None and (note := output_note(stage.student_wants, recipe.student.num_layers)):
         stage = replace(stage, notes=(*stage.notes, note))
     if models.student is not None:
         problems.found += tokenizer_problems(recipe, source, models.student)

@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 from dsdistill.config.recipe import Recipe
 from dsdistill.locate import Source
 from dsdistill.models.families import Wanted, added_to_scores, family_of
-from dsdistill.objectives import find_objective
 from dsdistill.training.distiller import BoundTerm
 
 Configs = tuple[PreTrainedConfig, PreTrainedConfig]
@@ -61,12 +60,15 @@ def logit_problems(recipe: Recipe, source: Source, has_head: bool, terms: Iterab
     return problems
 
 
-def output_note(recipe: Recipe) -> str | None:
-    """That no objective reads what the student's last layer puts out, which then stays partly untrained; else None."""
-    for term in recipe.objectives:
-        student, _ = find_objective(term.objective).needs(term.params)
-        if {"hidden", "logits"} & set(student):
-            return None
+def output_note(wants: Wanted, num_layers: int) -> str | None:
+    """That no objective reads what the student's last layer puts out, which then stays partly untrained; else None.
+
+    Args:
+        wants: Signals that objectives read in the student.
+        num_layers: Of the student.
+    """
+    if "logits" in wants or num_layers in wants.get("hidden", ()):
+        return None
     return (
         "no objective reads the output of the student's last layer, part of which stays as it began: fine-tune the "
         "student on a task, or add hid_seq (layers: last) before its embeddings are used as they are"

@@ -32,6 +32,7 @@ from dsdistill.plan_objectives import output_note
 from dsdistill.progress import each, figure
 from dsdistill.speed import Measured, measure
 from dsdistill.training.checkpoint import STUDENT, read_state, verify, whole_checkpoints
+from dsdistill.training.distiller import bind_terms, wanted_signals
 from dsdistill.training.run_directory import CHECKPOINTS, EXPORT, SKELETON
 from dsdistill.training.telemetry import read_metrics
 
@@ -75,7 +76,10 @@ def export_run(directory: Path, checkpoint: Path | None = None, output: Path | N
         **{f"held-out {name}": figure(value) for name, value in held_out_at(directory, -1, last_step=step).items()},
         **{name: figure(value) for name, value in scores_at(directory, -1, last_step=step).items()},
     }
-    if (note := output_note(recipe)) is not None:
+    shapes = shape_of(encoder_of(student).config), shape_of(load_config(source))
+    initial = initial_layers(recipe.student.init, recipe.student.num_layers, shapes[1].num_layers)
+    wants, _ = wanted_signals(bind_terms(recipe.objectives, *shapes, initial=initial))
+    if (note := output_note(wants, shapes[0].num_layers)) is not None:
         facts["note"] = note
     problem = sentence_problem(source)
     if problem is not None:

@@ -64,7 +64,11 @@ def test_relation_heads_that_grouped_heads_do_not_allow_are_told_with_every_obje
     assert set(plan.stages[0].teacher_wants) == {"query", "key", "value"}
 
 
-@pytest.mark.parametrize(("objective", "told"), [("att_kl", True), ("hid_seq", False), ("mlm", False)])
-def test_an_output_that_nothing_trains_is_told(recipe_content, teacher_directory, objective, told):
-    plan = plan_of(recipe_content, teacher_directory, objective=objective)
+@pytest.mark.parametrize(
+    ("objective", "layers", "told"),
+    [("att_kl", "last", True), ("hid_seq", "last", False), ("hid_seq", "first", True), ("mlm", "last", False)],
+)
+def test_an_output_that_nothing_trains_is_told(recipe_content, teacher_directory, objective, layers, told):
+    chosen = {} if objective == "mlm" else {"layers": layers}
+    plan = plan_of(recipe_content, teacher_directory, objective=objective, **chosen)
     assert ("no objective reads the output of the student's last layer" in describe_plan(plan, find_place())) == told
